@@ -1,0 +1,500 @@
+"""
+Data: where examples come from, how a prompt is put together, and in which order a run sees it.
+
+    load_data("squad", "dev")             official SQuAD v1.1, downloaded once and checked
+    load_data("path/to/file.json.gz")     SQuAD v1.1 or v2.0 layout, or one JSON object a line (.jsonl)
+    load_data("synthetic", "train")       passages made here, for machines without a download
+
+A prompt has six pieces, tokenised apart so that every row of the evaluation shares the same token ids:
+
+    pre | head      | context  | question           | post | anchor
+        | "Context:"| " ..."   | "\\nQuestion: ...\\n"|      | "Answer:"
+
+`pre` and `post` are what a chat template puts around the user's text (plain prompts: the tokenizer's BOS, nothing).
+Shapes are written with B rows, T context tokens, M latents, S tokens of a row, A answer tokens.
+"""
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+CACHE = Path(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")).expanduser()
+SQUAD_URL = os.environ.get("LATENTWIRE_SQUAD_URL", "https://rajpurkar.github.io/SQuAD-explorer/dataset/")
+SQUAD_SHA256 = {
+    "train": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+    "dev": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+}
+LATENT = -1  # stands in a row of token ids where a latent goes
+PAD = -2     # stands where nothing is
+SYSTEM = "You answer questions about the given context. Reply with the shortest span that answers, and nothing else."
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line that names the bad value and the fix."""
+
+
+def log(message):
+    """One line to stderr from the first process alone: progress goes there, results go to stdout."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def run_main(main):
+    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_atomic(path, text):
+    """Write text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Examples
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    context: str
+    question: str
+    answers: tuple  # of str, every annotator's
+
+
+def load_data(source, split="train", samples=None, seed=0):
+    """The list of Examples of `source`: "squad", "synthetic" or a path (then `split` does not matter).
+
+    With `samples`, that many are drawn without replacement in an order that depends on the seed alone; more than
+    there are means all of them, with a notice. Raises UserError for anything that cannot be read."""
+    if samples is not None and samples < 1:
+        raise UserError(f"--samples {samples} is not a number of examples; give 1 or more")
+    if source == "synthetic":
+        return synthetic(split, samples or (20_000 if split == "train" else 1_000), seed)
+    examples = load_squad(source, split)
+    if samples is None or samples == len(examples):
+        return examples
+    if samples > len(examples):
+        log(f"notice: {samples} samples asked for, {source} has {len(examples)}: using all of them")
+        return examples
+    return [examples[i] for i in random.Random(seed).sample(range(len(examples)), samples)]
+
+
+def load_squad(source, split="train"):
+    """Read SQuAD by name ("squad") or from a .json, .json.gz or .jsonl file. Unanswerable questions (SQuAD v2.0)
+    are left out and counted in a notice. Raises UserError naming the file, line or key that is wrong."""
+    path = download_squad(split) if source == "squad" else Path(source).expanduser()
+    if path.is_dir():
+        raise UserError(f"--data {source} is a folder; name the .json, .json.gz or .jsonl file in it")
+    if not path.exists():
+        raise UserError(f"--data {source}: no such file; give a path, or one of the names squad, synthetic")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+    except EOFError:
+        raise UserError(f"{path} is a truncated gzip file; copy or download it again") from None
+    except (gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    is_lines = path.name.removesuffix(".gz").endswith(".jsonl")
+    examples, unanswerable = (_read_jsonl if is_lines else _read_squad_json)(path, text)
+    if unanswerable:
+        log(f"notice: {path.name}: left out {unanswerable} questions without an answer")
+    if not examples:
+        raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
+    return examples
+
+
+def _read_squad_json(path, text):
+    try:
+        root = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); one object a line belongs in a .jsonl file") from None
+    if not isinstance(root, dict) or "data" not in root:
+        raise UserError(f"{path} has no key 'data' at its top; SQuAD layout is data > paragraphs > context, qas")
+    examples, unanswerable = [], 0
+    try:
+        for a, article in enumerate(root["data"]):
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for qa in paragraph["qas"]:
+                    answers = tuple(answer["text"] for answer in qa["answers"])
+                    if qa.get("is_impossible") or not answers:
+                        unanswerable += 1
+                    else:
+                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers))
+    except KeyError as error:
+        where = f"data[{a}].paragraphs[{p}]" if "p" in locals() else "data[0]"
+        raise UserError(f"{path}: {where} lacks the key {error}; SQuAD layout is data > paragraphs > context, qas") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"{path} is JSON but not in SQuAD layout (data > paragraphs > context, qas)") from None
+    return examples, unanswerable
+
+
+def _read_jsonl(path, text):
+    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str, "id": optional}."""
+    examples, unanswerable = [], 0
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            answers = record["answers"]
+            answers = answers["text"] if isinstance(answers, dict) else answers
+            answers = tuple([answers] if isinstance(answers, str) else answers)
+            context, question = record["context"], record["question"]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
+        except KeyError as error:
+            raise UserError(f"{path} line {number} lacks the key {error}; each line needs context, question, answers") from None
+        except (TypeError, AttributeError):
+            raise UserError(f"{path} line {number} is not an object with context, question, answers") from None
+        if not all(isinstance(value, str) for value in (context, question, *answers)):
+            raise UserError(f"{path} line {number}: context, question and every answer must be strings")
+        if answers:
+            examples.append(Example(str(record.get("id", number)), context, question, answers))
+        else:
+            unanswerable += 1
+    return examples, unanswerable
+
+
+def download_squad(split):
+    """Path of the official file of `split`, downloaded into the cache on first use and checked by SHA-256."""
+    from tqdm import tqdm
+    if split not in SQUAD_SHA256:
+        raise UserError(f"split {split!r} of squad does not exist; there are {', '.join(SQUAD_SHA256)}")
+    path = CACHE / f"{split}-v1.1.json"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may start at once
+    digest = hashlib.sha256()
+    try:
+        with urllib.request.urlopen(SQUAD_URL + path.name, timeout=30) as response, open(part, "wb") as f:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := response.read(1 << 16):
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != SQUAD_SHA256[split]:
+            raise UserError(f"{path.name} from {SQUAD_URL} has a wrong SHA-256 ({digest.hexdigest()[:12]}...); "
+                            "it was removed, try again or give a local file with --data")
+        os.replace(part, path)
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(f"cannot download SQuAD ({getattr(error, 'reason', error)}); offline, give a local file with "
+                        "--data PATH or use --data synthetic") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# Synthetic passages: two to four people, three to four facts each. The question names a person, and every other person
+# of the passage has a fact of the same kind, so a reader who sees only the kind of the question is right once in
+# (number of people) times, and one who sees no passage once in (length of the list).
+
+FIRST = {
+    "train": "Anna Boris Clara David Elena Felix Greta Hassan Irene Jonas Karin Leon Maria Nils Olga Pablo Rosa Simon Tessa "
+             "Victor Wanda Yusuf Zoe Adam Berta Carlos Diana Emil Frida Georg Helena Ivan Julia Kurt Laura Marco Nadia Oscar".split(),
+    "dev": "Arthur Bianca Cyril Doris Edgar Flora Gustav Hilda Isaac Joanna Kamil Lydia Martin Nora Otto Petra Rafael Sonia "
+           "Tobias Ursula Vera Walter Xenia Yvonne".split(),
+}
+LAST = {
+    "train": "Adler Becker Castro Dahl Eriksen Fischer Garcia Hoffman Ibsen Jansen Keller Lindberg Moreau Novak Olsen Petrov "
+             "Quinn Rossi Schmidt Tanaka Ulrich Vargas Weber Yamada Ziegler Andersen Bauer Costa Dubois Engel Ferrari Gomez".split(),
+    "dev": "Archer Bianchi Coleman Dvorak Ellison Fontaine Graham Haas Ingram Jokinen Kaplan Lombard Marsh Nygaard Osborne "
+           "Palmer Ramos Sanders Thorne Underwood Valdez Whitman".split(),
+}
+VALUES = {
+    "city": "Lisbon Madrid Vienna Prague Dublin Oslo Athens Warsaw Budapest Geneva Naples Hamburg Toronto Chicago Boston Denver "
+            "Seattle Montreal Kyoto Osaka Sydney Cairo Nairobi Lima Bogota Santiago Delhi Mumbai Seoul Bangkok Helsinki Rome".split(),
+    "job": "painter;surgeon;teacher;lawyer;pilot;chemist;baker;poet;carpenter;butcher;farmer;violinist;journalist;goldsmith;"
+           "sculptor;biologist;geologist;translator;librarian;photographer;dentist;sailor;tailor;historian".split(";"),
+    "prize": "Nobel Prize;Booker Prize;Fields Medal;Turing Award;Pulitzer Prize;Abel Prize;Wolf Prize;Balzan Prize;Crafoord Prize;"
+             "Kyoto Prize;Holberg Prize;Shaw Prize;Lasker Award;Pritzker Prize".split(";"),
+    "year": [str(year) for year in range(1901, 1990)],
+    "sport": "tennis;chess;rowing;fencing;cycling;skiing;golf;boxing;sailing;swimming;archery;rugby;hockey;badminton".split(";"),
+    "language": "Spanish Greek Polish Arabic Hindi Korean Finnish Dutch Turkish Swahili Hungarian Czech Russian Welsh".split(),
+}
+FACTS = {  # kind of fact: (list of values, phrasings of the fact, phrasings of the question)
+    "birthplace": ("city", ["{n} was born in {v}.", "The birthplace of {n} is {v}.", "{n} came into the world in {v}."],
+                   ["Where was {n} born?", "In which city was {n} born?"]),
+    "birth year": ("year", ["{n} was born in the year {v}.", "The year of birth of {n} is {v}."],
+                   ["In what year was {n} born?", "When was {n} born?"]),
+    "home": ("city", ["{n} now lives in {v}.", "The home of {n} is in {v}.", "{n} moved to {v} and stayed there."],
+             ["Where does {n} live now?", "In which city does {n} live?"]),
+    "job": ("job", ["{n} works as a {v}.", "{n} is a {v} by profession.", "{n} earns a living as a {v}."],
+            ["What does {n} do for a living?", "What is the profession of {n}?"]),
+    "prize": ("prize", ["{n} won the {v}.", "The {v} was given to {n}.", "{n} was honoured with the {v}."],
+              ["Which prize did {n} win?", "What award was given to {n}?"]),
+    "sport": ("sport", ["{n} is fond of {v}.", "In the evenings {n} practises {v}.", "The favourite sport of {n} is {v}."],
+              ["What is the favourite sport of {n}?", "Which sport does {n} practise?"]),
+    "language": ("language", ["{n} speaks {v} at home.", "The mother tongue of {n} is {v}.", "{n} grew up speaking {v}."],
+                 ["What is the mother tongue of {n}?", "Which language does {n} speak at home?"]),
+}
+
+
+def synthetic(split, samples, seed=0):
+    """`samples` deterministic Examples, about five to a passage. Names of people are disjoint between "train" and
+    "dev"; the other lists are shared. Same (split, samples, seed): same bytes."""
+    if split not in FIRST:
+        raise UserError(f"split {split!r} of synthetic does not exist; there are {', '.join(FIRST)}")
+    rng = random.Random(f"latentwire synthetic {split} {seed}")  # seeding by string is stable across Python versions
+    examples = []
+    for passage in range(samples):
+        people = [f"{first} {last}" for first, last in
+                  zip(rng.sample(FIRST[split], rng.randint(2, 4)), rng.sample(LAST[split], 4))]
+        kinds = rng.sample(sorted(FACTS), rng.randint(3, 4))
+        sentences, asked = [], []
+        taken = set()  # no value twice in a passage, so that a right answer names one person's fact
+        for kind in kinds:
+            values, phrasings, questions = FACTS[kind]
+            chosen = rng.sample([value for value in VALUES[values] if value not in taken], len(people))
+            taken.update(chosen)
+            for name, value in zip(people, chosen):
+                sentences.append(rng.choice(phrasings).format(n=name, v=value))
+                asked.append((rng.choice(questions).format(n=name), value))
+        rng.shuffle(sentences)
+        context = " ".join(sentences)
+        for number, (question, value) in enumerate(rng.sample(asked, 5)):
+            examples.append(Example(f"synthetic-{split}-{seed}-{passage}-{number}", context, question, (value,)))
+            if len(examples) == samples:
+                return examples
+
+
+def synthetic_chance(examples):
+    """How often (0..1) a reader is right who picks one of the passage's facts of the right kind: 1 / people in it."""
+    def people(context):
+        return sum(bool(re.search(rf"\b{first} [A-Z]", context)) for names in FIRST.values() for first in names)
+    return float(np.mean([1 / people(example.context) for example in examples]))
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts
+
+@dataclass(frozen=True)
+class Item:
+    """A tokenised example. Arrays are int32; `context` is one array for all questions of a paragraph."""
+    example: Example
+    context: np.ndarray
+    question: np.ndarray
+    answer: np.ndarray  # of the first gold answer, the end token last
+
+
+class Prompt:
+    """Tokenises examples. style "plain", or "chat" for the tokenizer's chat template with a short-answer system prompt.
+    Contexts are cut from the right where the prompt would be longer than `max_prompt_tokens`."""
+
+    def __init__(self, tokenizer, style="plain", max_prompt_tokens=1024):
+        self.tokenizer, self.style, self.max_prompt_tokens = tokenizer, style, max_prompt_tokens
+        if style == "plain":
+            self.pre, self.post = self._template(tokenizer("").input_ids), self._template([])
+        elif style == "chat":
+            if not getattr(tokenizer, "chat_template", None):
+                raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt plain")
+            user = "\u241fuser\u241f"  # marks where the user's text goes in the rendered template
+            rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}],
+                                                     tokenize=False, add_generation_prompt=True)
+            before, after = rendered.split(user)
+            self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after))
+        else:
+            raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
+        self.head, self.anchor = self.tokenize("Context:"), self.tokenize("Answer:")
+        self.end = tokenizer.eos_token_id
+        self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
+
+    @staticmethod
+    def _template(ids):
+        return np.asarray(ids, dtype=np.int32)
+
+    def tokenize(self, text):
+        """Token ids of a user's text. A special token typed in it stays plain text: it cannot end the prompt."""
+        return self._tokenize_all([text])[0]
+
+    def _tokenize_all(self, texts):
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+        return [self._template(row) for row in ids]
+
+    def items(self, examples):
+        """Tokenise examples; a context shared by many questions is tokenised once and kept once."""
+        texts = list(dict.fromkeys(example.context for example in examples))
+        contexts = dict(zip(texts, self._tokenize_all([" " + text for text in texts])))
+        questions = self._tokenize_all([f"\nQuestion: {example.question.strip()}\n" for example in examples])
+        answers = self._tokenize_all([" " + example.answers[0].strip() for example in examples])
+        items = []
+        for example, question, answer in zip(examples, questions, answers):
+            answer, context = np.append(answer, np.int32(self.end)), contexts[example.context]
+            room = self.max_prompt_tokens - len(self.pre) - len(self.head) - len(question) - len(self.post)
+            if room < 1:
+                raise UserError(f"--max_prompt_tokens {self.max_prompt_tokens} leaves no room for a context; raise it")
+            if len(context) > room:
+                context = context[:room]
+                self.cut += 1
+                kept = self.tokenizer.decode(context)
+                self.answers_cut += not any(gold in kept for gold in example.answers)
+            items.append(Item(example, context, question, answer))
+        return items
+
+    def text(self, item):
+        """The whole prompt as token ids, without the anchor."""
+        return np.concatenate([self.pre, self.head, item.context, item.question, self.post])
+
+    def source(self, item, scope):
+        """What the latents stand for, as the encoder reads it: the context, or all of the user's text with the question
+        first, so that the context's tokens have seen it."""
+        return item.context if scope == "context" else np.concatenate([item.question, self.head, item.context])
+
+    def prefix(self, item, scope, latents=None):
+        """What the LM reads before the question: all of it text (latents None), or with that many latents in it."""
+        if latents is None:
+            return np.concatenate([self.pre, self.head, item.context])
+        slots = np.full(latents, LATENT, dtype=np.int32)
+        return np.concatenate([self.pre, self.head, slots] if scope == "context" else [self.pre, slots])
+
+    def asked(self, item, scope):
+        """What the LM reads after the prefix: the question (unless it is in the latents) and the anchor."""
+        return np.concatenate([item.question, self.post, self.anchor] if scope == "context" else [self.post, self.anchor])
+
+    def report_cuts(self, what):
+        """Say how many contexts were cut, if any were."""
+        if self.cut:
+            log(f"notice: {what}: {self.cut} contexts cut to --max_prompt_tokens {self.max_prompt_tokens}, "
+                f"{self.answers_cut} of them lost their answer")
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+
+
+def pad(arrays, value, left=False):
+    """Stack 1-D integer arrays of unequal length into (B, longest), `value` filling the right (or left) side."""
+    import torch
+    width = max(len(array) for array in arrays)
+    out = np.full((len(arrays), width), value, dtype=np.int64)
+    for row, array in zip(out, arrays):
+        row[width - len(array) if left else 0:][:len(array)] = array
+    return torch.from_numpy(out)
+
+
+@dataclass
+class Batch:
+    """What one forward pass reads. A row is one shared prefix and the questions behind it (`pack`)."""
+    context: object   # (B, T) token ids the encoder reads, PAD right
+    latents: object   # (B,) how many latents stand for each row's context
+    ids: object       # (B, S) token ids the LM reads, LATENT and PAD where they apply
+    position: object  # (B, S) position ids; they restart after the prefix for every question
+    segment: object   # (B, S) 0 the prefix, 1.. the questions, -1 padding
+    row: object       # (A,) for each answer token: the row and column of the position that predicts it,
+    col: object       # (A,)
+    label: object     # (A,) the token itself,
+    owner: object     # (A,) which question of the batch it belongs to,
+    step: object      # (A,) and its index within that answer
+    size: int         # number of questions
+
+    def to(self, device):
+        return Batch(*(value if isinstance(value, int) else value.to(device) for value in vars(self).values()))
+
+
+def pack(rows, contexts, latents):
+    """Lay out a Batch. rows: [(prefix ids, [(question ids, answer ids), ...]), ...]; contexts: what the encoder reads for
+    each row; latents: how many latents each row's prefix holds (0: it is all text)."""
+    import torch
+    ids, position, segment, targets, size = [], [], [], [], 0
+    for r, (prefix, questions) in enumerate(rows):
+        parts, places, segments, at = [prefix], [np.arange(len(prefix))], [np.zeros(len(prefix), int)], len(prefix)
+        for s, (question, answer) in enumerate(questions, 1):
+            part = np.concatenate([question, answer[:-1]])  # the last token is predicted, never read
+            parts.append(part)
+            places.append(len(prefix) + np.arange(len(part)))
+            segments.append(np.full(len(part), s))
+            first = at + len(question) - 1  # the position that predicts the answer's first token
+            targets += [(r, first + k, token, size, k) for k, token in enumerate(answer)]
+            at += len(part)
+            size += 1
+        ids.append(np.concatenate(parts))
+        position.append(np.concatenate(places))
+        segment.append(np.concatenate(segments))
+    return Batch(pad(contexts, PAD), torch.tensor(latents), pad(ids, PAD), pad(position, 0), pad(segment, -1),
+                 *torch.tensor(targets).T.contiguous(), size)
+
+
+def collate(prompt, rows, scope, count):
+    """The Batch of rows of Items, a row's items sharing one context. count(T): latents for a text of T tokens; None
+    leaves the context as text (the teacher, and rows that must see the plain LM)."""
+    if count is None:
+        return pack([(prompt.prefix(row[0], scope), [(prompt.asked(item, "context"), item.answer) for item in row])
+                     for row in rows], [row[0].context[:0] for row in rows], [0] * len(rows))
+    sources = [prompt.source(row[0], scope) for row in rows]
+    latents = [count(len(source)) for source in sources]
+    return pack([(prompt.prefix(row[0], scope, m), [(prompt.asked(item, scope), item.answer) for item in row])
+                 for row, m in zip(rows, latents)], sources, latents)
+
+
+def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
+    """One epoch's order: a list of steps, each a list of micro-batches, each a list of rows, each a list of item numbers.
+
+    A pure function of its arguments, so a run restarts anywhere in it without replaying, and processes that take
+    every n-th micro-batch of a step are disjoint and together the same for any number of processes.
+
+    groups: item numbers that may share a row (the questions of one paragraph); lengths: an item's length, for bucketing.
+    A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length (the last ones, which
+    do not fill a step, are left to the next epoch's shuffle)."""
+    rng = random.Random(f"{seed} {epoch}")
+    rows = []
+    for group in groups:
+        group = rng.sample(group, len(group))
+        rows += [group[i:i + per_row] for i in range(0, len(group), per_row)]
+    rng.shuffle(rows)
+    steps, per_step = [], max(1, batch // micro)
+    pool = 32 * batch  # sorting a pool, not the epoch, keeps the order random enough
+    chunk, chunks, count = [], [], 0
+    for row in rows:
+        chunk.append(row)
+        count += len(row)
+        if count >= pool:
+            chunks.append(chunk)
+            chunk, count = [], 0
+    for chunk in chunks + [chunk]:
+        chunk.sort(key=lambda row: lengths[row[0]])
+        micros, current, count = [], [], 0
+        for row in chunk:
+            if count + len(row) > micro and current:
+                micros.append(current)
+                current, count = [], 0
+            current.append(row)
+            count += len(row)
+        if count * 2 >= micro:
+            micros.append(current)
+        steps += [micros[i:i + per_step] for i in range(0, len(micros) - per_step + 1, per_step)]
+    if not steps:
+        raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give more")
+    rng.shuffle(steps)
+    return steps
+
+
+def group_by_context(items):
+    """Item numbers of each paragraph, in order of appearance: [[0, 1, 2], [3], ...]."""
+    groups = {}
+    for number, item in enumerate(items):
+        groups.setdefault(item.example.context, []).append(number)
+    return list(groups.values())

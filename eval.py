@@ -1,0 +1,412 @@
+"""
+Evaluate: answer the same questions through every row, and say what each costs.
+
+    python eval.py --mode all --lm smollm2-135m --data synthetic
+    python eval.py --mode text,raw,anchor --lm smollm2-135m --data dev-v1.1.json --samples 200
+    python eval.py --mode all --ckpt runs/demo/ckpt/best --data dev-v1.1.json
+
+    text           the prompt's token ids
+    raw            the same prompt through inputs_embeds: must equal `text` token by token
+    anchor         raw, and the anchor "Answer:" after it, which every row below has too
+    token_budget   the user's text cut to its first M tokens
+    question_only  the question without its context
+    text_lora      `anchor` read by the LM with the trained LoRA on: what LoRA alone brings
+    latent         encoder, adapter, LoRA: M latents in place of the text
+    latent_shuffled  the same with the latents of another context: what is left is not carried by the wire
+    adapter        the text's embeddings resampled to M places and sent through the trained adapter, no encoder
+
+Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
+"""
+import argparse
+import json
+import re
+import string
+import sys
+import time
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+
+from data import UserError, log, run_main
+
+PLAIN = ("text", "raw", "anchor", "token_budget", "question_only")
+TRAINED = ("text_lora", "latent", "latent_shuffled", "adapter")
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--mode", default="all", help=f"rows, comma-separated, out of {', '.join(PLAIN + TRAINED)}, or all (default)")
+    add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
+    add("--data", default="synthetic", help="squad, synthetic (default), or a .json, .json.gz or .jsonl file")
+    add("--split", default="dev", help="dev (default) or train, of squad and synthetic")
+    add("--samples", type=int, default=200, help="questions, drawn with the seed (default 200)")
+    add("--seed", type=int, default=0, help="of the draw (default 0)")
+    add("--max_context_tokens", type=int, help="leave out questions whose context is longer")
+    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else 1024)")
+    add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
+    add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
+    add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
+    add("--batch", type=int, default=25, help="questions a batch (default 25)")
+    add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data import PAD, Prompt, load_data, pack, pad, synthetic_chance, write_atomic
+from model import LatentWire, answer_logits, embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
+
+
+# ------------------------------------------------------------------------------------------------
+# SQuAD's own scores (Rajpurkar et al., arXiv 1606.05250)
+
+def normalize(text):
+    """Lower case, without punctuation, articles and extra whitespace."""
+    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1_score(prediction, golds):
+    """Token F1 in 0..1 against the best of the gold answers, equal to SQuAD v1.1's official script."""
+    def one(gold):
+        p, g = normalize(prediction).split(), normalize(gold).split()
+        same = sum((Counter(p) & Counter(g)).values())
+        return 2 * same / (len(p) + len(g)) if same else 0.0
+    return max(map(one, golds), default=0.0)
+
+
+def exact_match(prediction, golds):
+    """1.0 if the normalised prediction equals one of the normalised gold answers, else 0.0."""
+    return float(any(normalize(prediction) == normalize(gold) for gold in golds))
+
+
+def interval(values, seed=0, resamples=2000):
+    """95% bootstrap interval [low, high] of the mean of (n,) values."""
+    values = np.asarray(values, dtype=float)
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return [float(x) for x in np.percentile(values[picks].mean(1), [2.5, 97.5])]
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows
+
+def other_contexts(items):
+    """For each item the number of an item with another context, the same one for all questions of a context."""
+    first = {}
+    for number, item in enumerate(items):
+        first.setdefault(item.example.context, number)
+    if len(first) < 2:
+        raise UserError("latent_shuffled needs questions of at least two contexts; raise --samples")
+    numbers = list(first.values())
+    after = dict(zip(first, numbers[1:] + numbers[:1]))
+    return [after[item.example.context] for item in items]
+
+
+def resample(embeds, mask, M):
+    """Linear interpolation of each row's valid embeddings (B, T, d) to M (B,) places -> (B, max M, d)."""
+    length = mask.sum(1, keepdim=True)
+    m = torch.arange(int(M.max()), device=embeds.device)
+    place = ((m + 0.5) / M[:, None] * length - 0.5).clamp(min=0).minimum(length - 1.0)   # (B, M)
+    low = place.floor().long()
+    high = (low + 1).minimum(length - 1)
+    take = lambda index: embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
+    return torch.lerp(take(low), take(high), (place - low)[..., None].to(embeds.dtype))
+
+
+def row_ids(row, prompt, item, scope, M, m):
+    """The token ids that a row reads for an item (LATENT where a latent goes). M: the budget; m: its latents."""
+    if row in ("text", "raw"):
+        return prompt.text(item)
+    if row in ("anchor", "text_lora"):
+        return np.concatenate([prompt.text(item), prompt.anchor])
+    if row == "token_budget":
+        content = np.concatenate([prompt.head, item.context, item.question])
+        return np.concatenate([prompt.pre, content[:M], prompt.post, prompt.anchor])
+    if row == "question_only":
+        return np.concatenate([prompt.pre, item.question, prompt.post, prompt.anchor])
+    return np.concatenate([prompt.prefix(item, scope, m), prompt.asked(item, scope)])
+
+
+@torch.no_grad()
+def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tokens=24, batch=25, bar=None):
+    """Answer every item through one row. Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the
+    means nll_token, first_token_top1, first_token_top5, tokens_read, latents, and seconds encode, prefill, decode."""
+    if row not in TRAINED and wire is not None:
+        with lora_off(lm):
+            return evaluate_row(row, lm, tokenizer, prompt, items, None, M, max_new_tokens, batch, bar)
+    device = lm.get_input_embeddings().weight.device
+    scope = wire.config.scope if wire else "context"
+    uses_latents = row in ("latent", "latent_shuffled", "adapter")
+    given = other_contexts(items) if row == "latent_shuffled" else range(len(items))
+    answers, ids, hits = [None] * len(items), [None] * len(items), []
+    nll = tokens = read = source_tokens = latents = 0
+    encode_s = prefill_s = decode_s = 0.0
+    # Longest first: a batch too large for the memory fails at once, and the ETA falls rather than grows.
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].context))
+    for start in range(0, len(order), batch):
+        chunk = order[start:start + batch]
+        prefix, m = None, [0] * len(chunk)
+        if uses_latents:
+            began = time.perf_counter()
+            sources = [prompt.source(items[given[i]], scope) for i in chunk]
+            m = [wire.count(len(source), M) for source in sources]
+            context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
+            if row == "adapter":
+                prefix = adapter_prefix(wire, context, counts)
+            else:
+                prefix, _ = wire.encode(context, counts)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            encode_s += time.perf_counter() - began
+            source_tokens += sum(map(len, sources))
+            latents += sum(m)
+        rows = [row_ids(row, prompt, items[i], scope, M, k) for i, k in zip(chunk, m)]
+        read += sum(map(len, rows))
+        texts, new_ids, prefill, decode = generate(lm, tokenizer, rows, prefix, max_new_tokens, as_ids=row == "text")
+        prefill_s, decode_s = prefill_s + prefill, decode_s + decode
+        # Teacher-forced likelihood of the first gold answer, its end token left out.
+        golds = pack([(ids_, [(ids_[:0], items[i].answer[:-1])]) for ids_, i in zip(rows, chunk)], [ids_[:0] for ids_ in rows], m).to(device)
+        logits = answer_logits(lm, golds, prefix).float()
+        nll += F.cross_entropy(logits, golds.label, reduction="sum").item()
+        tokens += len(golds.label)
+        first = golds.step == 0
+        rank = (logits[first] > logits[first].gather(1, golds.label[first, None])).sum(1)  # how many tokens are likelier
+        hits += rank.tolist()
+        for i, text, row_new in zip(chunk, texts, new_ids):
+            answers[i], ids[i] = text, row_new
+        if bar is not None:
+            bar.update(len(chunk))
+    n, hits = len(items), np.array(hits)
+    return {
+        "answers": answers, "ids": ids,
+        "f1": [f1_score(a, item.example.answers) for a, item in zip(answers, items)],
+        "em": [exact_match(a, item.example.answers) for a, item in zip(answers, items)],
+        "nll_token": nll / tokens, "first_token_top1": float((hits < 1).mean()), "first_token_top5": float((hits < 5).mean()),
+        "tokens_read": read / n, "source_tokens": source_tokens / n, "latents": latents / n,
+        "encode_s": encode_s, "prefill_s": prefill_s, "decode_s": decode_s,
+    }
+
+
+def adapter_prefix(wire, context, counts):
+    """The text's embeddings at M places, through the encoder's input projection (they are d wide, latents z) and the
+    trained adapter."""
+    base = resample(embed(wire.lm, context), context != PAD, counts).float()
+    if wire.config.encoder == "text":
+        return base
+    z = wire.encoder.value(wire.encoder.final(wire.encoder.project(wire.encoder.norm(base))))
+    return wire.adapter(z, base if wire.config.encoder == "pointer" else None)
+
+
+def summary(result):
+    """The scores of one row as they stand in metrics.json."""
+    n = len(result["f1"])
+    return {
+        "f1": float(np.mean(result["f1"])), "em": float(np.mean(result["em"])),
+        "f1_ci95": interval(result["f1"]), "em_ci95": interval(result["em"]),
+        "nll": result["nll_token"], "nll_token": result["nll_token"],
+        "first_token_top1": result["first_token_top1"], "first_token_top5": result["first_token_top5"],
+        "distinct_first_words": len({answer.split(" ")[0] for answer in result["answers"]}),
+        "tokens_read": result["tokens_read"],
+        "encode_sec_per_sample": result["encode_s"] / n,
+        "prefill_sec_per_sample": result["prefill_s"] / n, "decode_sec_per_sample": result["decode_s"] / n,
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and table
+
+def place_row(metrics, row, name, result):
+    """Put a row where the preserved run's schema has it."""
+    scores = summary(result)
+    ready = result["prefill_s"] + result["decode_s"]
+    wall = ready + result["encode_s"]
+    if row in ("raw", "anchor", "adapter"):
+        metrics.setdefault("embedding_baselines", {})[row] = {"metrics": {name: scores}, "wall_clock_sec": {name: wall}}
+        if row == "raw":
+            metrics["text_embed"] = {name: scores, "wall_clock_sec": wall}
+    else:
+        metrics[row] = {name: scores, "wall_clock_sec": wall}
+        if row == "token_budget":
+            metrics[row].update(mode="content_only", k=metrics["latent_len"])
+        if row.startswith("latent"):
+            metrics[row]["wall_clock_ready_sec"] = ready
+
+
+def find_row(metrics, row, name):
+    """(scores, wall clock in s) of a row in metrics.json, or None."""
+    entry = metrics.get("embedding_baselines", {}).get(row)
+    if entry:
+        return entry["metrics"][name], entry["wall_clock_sec"][name]
+    entry = metrics.get(row)
+    return (entry[name], entry["wall_clock_sec"]) if entry else None
+
+
+def table(metrics, name):
+    """The rows evaluated so far, scores in percent with 95% intervals."""
+    found = {row: find_row(metrics, row, name) for row in PLAIN + TRAINED}
+    found = {row: value for row, value in found.items() if value}
+    reference = found["text"][0]["f1"] if "text" in found else None
+    lines = [f"{'Mode':<16}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>9}{'NLL/tok':>9}{'top-1 %':>9}{'tokens':>8}{'sec':>8}"]
+    for row, (s, wall) in found.items():
+        f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
+        versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
+        lines.append(f"{row:<16}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>9}{s['nll_token']:>9.2f}"
+                     f"{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
+    return "\n".join(lines)
+
+
+def read_earlier(folder, fingerprint):
+    """(metrics, {id: record}) of an earlier call into the same folder on the same data and LM, else empty ones."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        records = [json.loads(line) for line in open(folder / "predictions.jsonl", encoding="utf-8")]
+    except (OSError, ValueError):
+        return {}, {}
+    if metrics.get("fingerprint") != fingerprint:
+        log(f"notice: {folder / 'metrics.json'} is of another LM, data or setting; it is replaced")
+        return {}, {}
+    return metrics, {record["id"]: record for record in records}
+
+
+def write_results(out, metrics, records, argv, rows):
+    """metrics.json and predictions.jsonl whole, metrics_history.jsonl and embedding_baseline.log with what is new."""
+    write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomic(out / "eval" / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    name = metrics["lm"]
+    stamp = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+    entry = {"kind": "eval", "tag": out.name, "argv": argv, "timestamp": stamp,
+             "rows": {row: {"f1": find_row(metrics, row, name)[0]["f1"], "em": find_row(metrics, row, name)[0]["em"]} for row in rows}}
+    append(out / "eval" / "metrics_history.jsonl", json.dumps(entry))
+    lines = [f"{stamp} {row}: f1 {s['f1']:.4f} em {s['em']:.4f} nll_token {s['nll_token']:.4f} wall {wall:.2f} s, n {metrics['samples']}"
+             for row in rows if row in ("raw", "anchor", "adapter") for s, wall in [find_row(metrics, row, name)]]
+    if lines:
+        append(out / "logs" / "embedding_baseline.log", "\n".join(lines))
+
+
+def append(path, text):
+    """Add lines to a file, through a whole new copy: a reader never sees half a line."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_atomic(path, before + text + "\n")
+
+
+def choose_rows(mode, ckpt):
+    known = PLAIN + TRAINED
+    if mode == "all":
+        if not ckpt:
+            log(f"notice: without --ckpt, {', '.join(TRAINED)} are left out")
+        return known if ckpt else PLAIN
+    rows = tuple(dict.fromkeys(part.strip() for part in mode.split(",")))
+    for row in rows:
+        if row not in known:
+            raise UserError(f"--mode {row} is unknown; there are {', '.join(known)}, all")
+        if row in TRAINED and not ckpt:
+            raise UserError(f"--mode {row} needs a trained wire: make one with `python train.py --preset demo`, then give "
+                            "--ckpt runs/demo/ckpt/best")
+    return rows
+
+
+def main():
+    from tqdm import tqdm
+    rows = choose_rows(args.mode, args.ckpt)
+    for option in ("batch", "max_new_tokens", "latents"):
+        if (getattr(args, option) or 1) < 1:
+            raise UserError(f"--{option} {getattr(args, option)} must be at least 1")
+    saved = read_checkpoint(args.ckpt) if args.ckpt else None
+    config = saved.config if saved else None
+    lm_name = args.lm or (config.lm if config else "smollm2-135m")
+    lm, tokenizer = load_lm(lm_name, device=args.device)
+    prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
+                    args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
+    wire = load_wire(saved, lm).eval() if saved else None
+    M = args.latents or (config.latents if config else 32)
+    examples = load_data(args.data, args.split, args.samples if args.max_context_tokens is None else None, args.seed)
+    items = prompt.items(examples)
+    if args.max_context_tokens is not None:
+        items = draw_short(items, args)
+    prompt.report_cuts(args.data)
+    n, name = len(items), Path(lm.name).name
+    device, dtype, why = pick_device(args.device)
+    log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {n} questions; rows: {', '.join(rows)}")
+
+    out = Path(args.out or (Path(args.ckpt).resolve().parent.parent if args.ckpt else "runs/eval"))
+    fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
+                   "latents": M, "max_new_tokens": args.max_new_tokens, "ckpt": saved.checksum if saved else None}
+    # Rows that need no checkpoint stay valid whatever the checkpoint; the others belong to theirs.
+    metrics, earlier = read_earlier(out / "eval", fingerprint)
+    metrics.update({
+        "samples": n, "max_new_tokens": args.max_new_tokens, "latent_len": M, "device": device.type, "dtype": str(dtype),
+        "dataset": args.data, "lm": name, "fingerprint": fingerprint,
+        "avg_prompt_tokens": {name: float(np.mean([len(prompt.text(item)) for item in items]))},
+        "debug": {name: {"latent_anchor_text": tokenizer.decode(prompt.anchor)},
+                  "settings": {"latent_anchor_mode": "text", "latent_anchor_text": "Answer:", "prefix_gain": 1.0,
+                               "calibration_mode": "embed_rms", "embedding_replay": True,
+                               "embedding_baseline_modes": ["raw", "anchor", "adapter"]}},
+    })
+    metrics["compression"] = {name: metrics["avg_prompt_tokens"][name] / M}
+    records = [earlier.get(item.example.id) or
+               {"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)} for item in items]
+    with tqdm(total=n * len(rows), unit="q", smoothing=0.05) as bar:
+        for row in rows:
+            bar.set_description(row)
+            result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, args.max_new_tokens, args.batch, bar)
+            place_row(metrics, row, name, result)
+            if row == "latent":
+                describe_wire(metrics, name, result, prompt, items, wire)
+            for record, answer in zip(records, result["answers"]):
+                record[row] = answer
+            write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
+    print(f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, M = {M}")
+    print(table(metrics, name))
+    if args.data == "synthetic":
+        print(f"chance level, a random fact of the right kind out of the passage: F1 {100 * synthetic_chance(examples):.1f}")
+    if {"latent", "latent_shuffled"} <= metrics.keys():
+        scores = [[f1_score(record[row], record["golds"]) for record in records] for row in ("latent", "latent_shuffled")]
+        gap = np.subtract(*scores)
+        low, high = interval(gap)
+        print(f"carried by the wire (latent - latent_shuffled): F1 {100 * gap.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    print(f"written to {out / 'eval'}")
+
+
+def draw_short(items, args):
+    """The seed's draw of --samples items among those whose context is short enough."""
+    import random
+    short = [item for item in items if len(item.context) <= args.max_context_tokens]
+    if not short:
+        raise UserError(f"--max_context_tokens {args.max_context_tokens}: no context is that short; raise it")
+    log(f"notice: {len(items) - len(short)} of {len(items)} questions have longer contexts and are left out")
+    return random.Random(args.seed).sample(short, min(args.samples, len(short)))
+
+
+def data_checksum(items):
+    """Of ids, contexts, questions and answers, in order."""
+    import hashlib
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item.example).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def describe_wire(metrics, name, result, prompt, items, wire):
+    """Compression and payload of the latents, in the preserved run's fields."""
+    n, M, d = metrics["samples"], metrics["latent_len"], wire.lm.config.hidden_size
+    whole = np.mean([len(prompt.text(item)) + len(prompt.anchor) for item in items])
+    metrics["compression"] = {name: result["source_tokens"] / result["latents"]}
+    metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
+    bytes_of = {"fp32": n * M * d * 4, "fp16": n * M * d * 2}
+    metrics["payload_bytes"] = bytes_of["fp32"]
+    metrics["payload_bytes_detail"] = {**bytes_of, "selected": None}
+    chars = sum(len(item.example.context) for item in items)
+    metrics["wire"] = {"prompt_chars": {name: chars}, "prompt_count": n, "latent_shape": [n, M, d], "latent_bytes": bytes_of,
+                       "group_size": 32, "scale_bits": 16, "selected_latent_bytes": None, "wire_ratio": {}}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,54 @@
+"""
+The loss mix. Every part is a mean over the questions of a batch, so batches of different sizes combine by their
+number of questions alone.
+
+    tf       teacher-forced cross-entropy of the whole answer, averaged over its tokens
+    kce      the same over the first K tokens
+    first    cross-entropy of the first token
+    kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv 1503.02531)
+    entropy  -H(p), p = mean over the batch of the first-token distributions
+
+The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
+different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one
+question has nothing to compare and would only be blurred: it gets none.
+
+Shapes: A answer tokens of Q questions, V the vocabulary.
+"""
+import torch
+import torch.nn.functional as F
+
+
+def per_question_mean(values, owner, size):
+    """Mean over questions of the mean over each one's tokens. values (A,), owner (A,) in 0..size-1 -> scalar.
+    A question without a token counts as 0."""
+    total = values.new_zeros(size).index_add(0, owner, values)
+    count = values.new_zeros(size).index_add(0, owner, torch.ones_like(values))
+    return (total / count.clamp(min=1)).mean()
+
+
+def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
+    """The weighted sum of the parts and a dict of each part whose weight is not 0 (plain floats are left to the caller).
+
+    logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of the
+    teacher for the tokens with batch.step < K, in the same order; needed when weights has kd."""
+    logits, step, owner, size = logits.float(), batch.step, batch.owner, batch.size
+    early = step < K
+    weights = {name: weight for name, weight in weights.items() if weight}
+    parts = {}
+    if {"tf", "kce", "first"} & weights.keys():
+        ce = F.cross_entropy(logits, batch.label, reduction="none")  # (A,)
+    if "tf" in weights:
+        parts["tf"] = per_question_mean(ce, owner, size)
+    if "kce" in weights:
+        parts["kce"] = per_question_mean(ce[early], owner[early], size)
+    if "first" in weights:
+        parts["first"] = per_question_mean(ce[step == 0], owner[step == 0], size)
+    if "kd" in weights:
+        student = F.log_softmax(logits[early] / temperature, dim=-1)
+        target = F.log_softmax(teacher.float() / temperature, dim=-1)
+        kl = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)  # (A',)
+        parts["kd"] = per_question_mean(kl, owner[early], size) * temperature ** 2
+    if "entropy" in weights and size > 1:
+        p = logits[step == 0].softmax(-1).mean(0)  # (V,)
+        parts["entropy"] = torch.xlogy(p, p).sum()
+    return sum(weights[name] * part for name, part in parts.items()), parts
