@@ -61,8 +61,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import PAD, Prompt, load_data, pack, pad, synthetic_chance, write_atomic
-from model import LatentWire, answer_logits, embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
+from data import PAD, Prompt, load_data, pad, synthetic_chance, write_atomic
+from model import embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,6 +121,17 @@ def resample(embeds, mask, M):
     return torch.lerp(take(low), take(high), (place - low)[..., None].to(embeds.dtype))
 
 
+def length_batches(lengths, batch, padded=5000):
+    """Numbers of items of like length, at most `batch` of them and `padded` tokens a batch, so that few long contexts do not
+    pad many short ones. Longest first: what does not fit into memory fails at once, and the ETA falls rather than grows."""
+    chunks = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if chunks[-1] and (len(chunks[-1]) == batch or lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) > padded):
+            chunks.append([])
+        chunks[-1].append(i)
+    return chunks
+
+
 def row_ids(row, prompt, item, scope, M, m):
     """The token ids that a row reads for an item (LATENT where a latent goes). M: the budget; m: its latents."""
     if row in ("text", "raw"):
@@ -149,20 +160,14 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tok
     answers, ids, hits = [None] * len(items), [None] * len(items), []
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0
-    # Longest first: a batch too large for the memory fails at once, and the ETA falls rather than grows.
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].context))
-    for start in range(0, len(order), batch):
-        chunk = order[start:start + batch]
+    for chunk in length_batches([len(item.context) for item in items], batch):
         prefix, m = None, [0] * len(chunk)
         if uses_latents:
             began = time.perf_counter()
             sources = [prompt.source(items[given[i]], scope) for i in chunk]
             m = [wire.count(len(source), M) for source in sources]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
-            if row == "adapter":
-                prefix = adapter_prefix(wire, context, counts)
-            else:
-                prefix, _ = wire.encode(context, counts)
+            prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts)[0]
             if device.type == "cuda":
                 torch.cuda.synchronize()
             encode_s += time.perf_counter() - began
@@ -170,18 +175,15 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tok
             latents += sum(m)
         rows = [row_ids(row, prompt, items[i], scope, M, k) for i, k in zip(chunk, m)]
         read += sum(map(len, rows))
-        texts, new_ids, prefill, decode = generate(lm, tokenizer, rows, prefix, max_new_tokens, as_ids=row == "text")
-        prefill_s, decode_s = prefill_s + prefill, decode_s + decode
-        # Teacher-forced likelihood of the first gold answer, its end token left out.
-        golds = pack([(ids_, [(ids_[:0], items[i].answer[:-1])]) for ids_, i in zip(rows, chunk)], [ids_[:0] for ids_ in rows], m).to(device)
-        logits = answer_logits(lm, golds, prefix).float()
-        nll += F.cross_entropy(logits, golds.label, reduction="sum").item()
-        tokens += len(golds.label)
-        first = golds.step == 0
-        rank = (logits[first] > logits[first].gather(1, golds.label[first, None])).sum(1)  # how many tokens are likelier
-        hits += rank.tolist()
-        for i, text, row_new in zip(chunk, texts, new_ids):
-            answers[i], ids[i] = text, row_new
+        out = generate(lm, tokenizer, rows, prefix, max_new_tokens, row == "text",
+                       golds=[items[i].answer[:-1] for i in chunk])  # of the first gold answer, without its end token
+        prefill_s, decode_s = prefill_s + out.prefill, decode_s + out.decode
+        nll += F.cross_entropy(out.logits, out.labels, reduction="sum").item()
+        tokens += len(out.labels)
+        label_logit = out.logits[out.first].gather(1, out.labels[out.first, None])
+        hits += (out.logits[out.first] > label_logit).sum(1).tolist()  # how many tokens are likelier than the gold one
+        for i, text, new in zip(chunk, out.answers, out.ids):
+            answers[i], ids[i] = text, new
         if bar is not None:
             bar.update(len(chunk))
     n, hits = len(items), np.array(hits)

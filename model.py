@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from data import CACHE, LATENT, PAD, UserError, log, pad, write_atomic
+from losses import wire_loss
 
 FORMAT = 1  # of the checkpoint folder; a newer one is refused
 
@@ -192,38 +193,61 @@ def answer_logits(lm, batch, prefix=None, keep=None):
     return lm.get_output_embeddings()(hidden[row, col])
 
 
+@dataclass
+class Generated:
+    """What `generate` returns for B rows."""
+    answers: list    # of str, cut at the first newline or end token, stripped
+    ids: list        # of the new token ids, up to the end token
+    prefill: float   # seconds until the first token
+    decode: float    # seconds after it
+    logits: object = None  # (A, V) of the positions that predict the gold answers' tokens, when golds were given
+    labels: object = None  # (A,) those tokens
+    first: object = None   # (A,) bool, which of them are an answer's first
+
+
 @torch.no_grad()
-def generate(lm, tokenizer, rows, prefix=None, max_new_tokens=24, as_ids=False):
-    """Greedy answers of rows of token ids (LATENT where prefix[b] goes): (list of str, list of their token ids, seconds
-    until the first token, seconds after it). An answer ends at the first newline or end token, which its ids include
-    or not. as_ids reads the rows as token ids, not as embeddings."""
+def generate(lm, tokenizer, rows, prefix=None, max_new_tokens=24, as_ids=False, golds=None):
+    """Greedy answers of rows of token ids (LATENT where prefix[b] goes). as_ids reads the rows as token ids, not as
+    embeddings. golds: token ids of each row's gold answer, whose logits are then computed from the same KV cache, so
+    that the prompt is read once for both."""
     from transformers import StoppingCriteria
     device = lm.get_input_embeddings().weight.device
     ids = pad(rows, PAD, left=True).to(device)
-    mask = (ids != PAD).long()
+    mask, S = (ids != PAD).long(), ids.shape[1]
     start = time.perf_counter()
 
-    class FirstToken(StoppingCriteria):  # called after every token; stops a row at its first newline
-        seconds = None
+    class Watch(StoppingCriteria):  # called after every token: times the first one, stops a row at its newline
+        first = None
 
         def __call__(self, generated, scores, **kwargs):
-            if self.seconds is None:
+            if self.first is None:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                self.seconds = time.perf_counter() - start
-            last = tokenizer.batch_decode(generated[:, -1:])
-            return torch.tensor(["\n" in text for text in last], device=generated.device)
+                self.first = time.perf_counter()
+            return torch.tensor(["\n" in text for text in tokenizer.batch_decode(generated[:, -1:])], device=device)
 
-    watch = FirstToken()
-    inputs = {"input_ids": ids.clamp(min=0)} if as_ids else {"inputs_embeds": embed(lm, ids, prefix)}
+    watch, embeds = Watch(), embed(lm, ids, prefix)
+    inputs = {"input_ids": ids.clamp(min=0)} if as_ids else {"inputs_embeds": embeds}
     out = lm.generate(**inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[watch],
-                      pad_token_id=lm.generation_config.pad_token_id, temperature=None, top_p=None, top_k=None)
-    out = out[:, ids.shape[1]:] if as_ids else out
+                      temperature=None, top_p=None, top_k=None, return_dict_in_generate=True)
+    done = time.perf_counter()
+    new = (out.sequences[:, S:] if as_ids else out.sequences).tolist()
     end = lm.generation_config.eos_token_id
     end = set(end if isinstance(end, list) else [end, lm.generation_config.pad_token_id])
-    new = [row[:next((i for i, token in enumerate(row) if token in end), len(row))] for row in out.tolist()]
-    answers = [tokenizer.decode(row, skip_special_tokens=True).split("\n")[0].strip() for row in new]
-    return answers, new, watch.seconds, time.perf_counter() - start - watch.seconds
+    new = [row[:next((i for i, token in enumerate(row) if token in end), len(row))] for row in new]
+    answers = [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    result = Generated(answers, new, watch.first - start, done - watch.first)
+    if golds is not None:
+        labels = pad(golds, PAD).to(device)                                   # (B, G)
+        cache = out.past_key_values
+        cache.crop(S - 1 - cache.get_seq_length())                            # keeps the prompt but its last token
+        mask = torch.cat([mask, mask.new_ones(len(rows), labels.shape[1] - 1)], 1)
+        hidden = lm.model(inputs_embeds=torch.cat([embeds[:, -1:], embed(lm, labels[:, :-1])], 1), attention_mask=mask,
+                          position_ids=(mask.cumsum(1) - 1)[:, S - 1:], past_key_values=cache).last_hidden_state
+        real = labels != PAD
+        result.logits, result.labels = lm.get_output_embeddings()(hidden[real]).float(), labels[real]
+        result.first = real.nonzero()[:, 1] == 0
+    return result
 
 
 # ------------------------------------------------------------------------------------------------
@@ -446,10 +470,24 @@ class LatentWire(nn.Module):
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None
         return self.adapter(z, base), attention
 
-    def forward(self, batch):
-        """Answer logits (A, V) of a batch, and the (prefix, attention) that they were read from."""
+    def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
+        """Weighted loss of a batch, its parts, and what the diagnostics show: answer logits (A, V), prefix, attention.
+
+        teacher: the Batch of the same questions behind their text, for weights with kd."""
         prefix, attention = self.encode(batch.context, batch.latents)
-        return answer_logits(self.lm, batch, prefix), prefix, attention
+        logits = answer_logits(self.lm, batch, prefix)
+        teacher_logits = None
+        if weights.get("kd"):
+            with torch.no_grad(), lora_off(self.lm):
+                teacher_logits = answer_logits(self.lm, teacher, keep=teacher.step < K)
+        total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits)
+        return total, parts, (logits.detach(), prefix.detach(), attention if attention is None else attention.detach())
+
+    forward = loss  # what DDP calls
+
+    def generate(self, tokenizer, rows, context, M, **options):
+        """Answers of rows that hold LATENT places, from the latents of context (B, T). See `generate`."""
+        return generate(self.lm, tokenizer, rows, self.encode(context, M)[0], **options)
 
 
 def check_config(config):

