@@ -370,12 +370,11 @@ class Encoder(nn.Module):
         self.final = nn.LayerNorm(width)
         self.value = nn.Linear(width, width)
         if kind != "pool":
-            self.query, self.key = nn.Linear(64, width), nn.Linear(width, width)
+            self.query, self.key = nn.Linear(64, width), nn.Linear(width, width, bias=False)
         if kind == "pointer":
-            self.gate = nn.Linear(width, 1)
-            for layer in (self.query, self.gate):  # at the start the position alone decides
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            self.gate = nn.Linear(width, 1, bias=False)  # a bias would cancel in the softmax
+            for start in (self.query.weight, self.query.bias, self.gate.weight):  # at first the position alone decides
+                nn.init.zeros_(start)
 
     def forward(self, h, mask, M):
         """h (B, T, d), mask (B, T) bool, M (B,) latents wanted -> z (B, max M, z), attention (B, max M, T).
