@@ -209,7 +209,7 @@ def download_squad(split):
 
 
 # ------------------------------------------------------------------------------------------------
-# Synthetic passages: two to four people, three to four facts each. The question names a person, and every other person
+# Synthetic passages: two to four people, two to three facts each. The question names a person, and every other person
 # of the passage has a fact of the same kind, so a reader who sees only the kind of the question is right once in
 # (number of people) times, and one who sees no passage once in (length of the list).
 
@@ -264,7 +264,7 @@ def synthetic(split, samples, seed=0):
     for passage in range(samples):
         people = [f"{first} {last}" for first, last in
                   zip(rng.sample(FIRST[split], rng.randint(2, 4)), rng.sample(LAST[split], 4))]
-        kinds = rng.sample(sorted(FACTS), rng.randint(3, 4))
+        kinds = rng.sample(sorted(FACTS), rng.randint(2, 3))
         sentences, asked = [], []
         taken = set()  # no value twice in a passage, so that a right answer names one person's fact
         for kind in kinds:
@@ -276,7 +276,7 @@ def synthetic(split, samples, seed=0):
                 asked.append((rng.choice(questions).format(n=name), value))
         rng.shuffle(sentences)
         context = " ".join(sentences)
-        for number, (question, value) in enumerate(rng.sample(asked, 5)):
+        for number, (question, value) in enumerate(rng.sample(asked, min(5, len(asked)))):
             examples.append(Example(f"synthetic-{split}-{seed}-{passage}-{number}", context, question, (value,)))
             if len(examples) == samples:
                 return examples

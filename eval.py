@@ -340,9 +340,15 @@ def main():
 
     out = Path(args.out or (Path(args.ckpt).resolve().parent.parent if args.ckpt else "runs/eval"))
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "max_new_tokens": args.max_new_tokens, "ckpt": saved.checksum if saved else None}
-    # Rows that need no checkpoint stay valid whatever the checkpoint; the others belong to theirs.
+                   "latents": M, "max_new_tokens": args.max_new_tokens}
     metrics, earlier = read_earlier(out / "eval", fingerprint)
+    if saved and metrics.get("ckpt_sha256") != saved.checksum:  # rows of another checkpoint go, those that need none stay
+        for row in TRAINED:
+            metrics.pop(row, None)
+            metrics.get("embedding_baselines", {}).pop(row, None)
+            for record in earlier.values():
+                record.pop(row, None)
+        metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
         "samples": n, "max_new_tokens": args.max_new_tokens, "latent_len": M, "device": device.type, "dtype": str(dtype),
         "dataset": args.data, "lm": name, "fingerprint": fingerprint,

@@ -505,7 +505,7 @@ def test_an_interrupted_swap_leaves_the_previous_checkpoint(tiny, tmp_path, monk
 
 FLAGS = ["--prompt", "plain", "--data", "synthetic", "--samples", "160", "--batch", "8", "--micro_batch", "4", "--pack", "2", "--latents", "8",
          "--d_z", "64", "--blocks", "1", "--lora_rank", "4", "--lora_dropout", "0.1", "--lr", "1e-2", "--epochs", "1", "--eval_samples", "8", "--eval_every", "0",
-         "--log_every", "1", "--entropy", "0.5", "--first", "1", "--device", "cpu"]
+         "--log_every", "1", "--ramp", "0.5", "--entropy", "0.5", "--first", "1", "--device", "cpu"]
 
 
 def run(*command, code=0, **options):

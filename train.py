@@ -52,6 +52,7 @@ class Config(WireConfig):
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(4, "questions of one paragraph that share its latents in a row (context scope)")
+    ramp: float = option(0.5, "share of the run over which M falls from the context's own length: the task first, then the compression")
     lr: float = option(5e-4, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
@@ -79,7 +80,7 @@ PRESETS = {
     "default": {},  # the recommended run of the specification
     "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
     "demo": dict(lm="smollm2-135m", prompt="plain", data="synthetic", samples=4000, epochs=4, minutes=5.5, batch=16, lr=1e-3,
-                 lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", first=0.5, entropy=0.0, eval_samples=50, eval_every=0,
+                 lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", pack=5, first=0.5, entropy=0.0, eval_samples=50, eval_every=0,
                  log_every=5, out="runs/demo"),
 }
 
@@ -342,11 +343,13 @@ def train(config, rank, world, device, dtype, why):
                 group["lr"] = lr_at(progress, config)
             torch.manual_seed(config.seed + 1_000_003 * state["step"] + rank)  # dropout follows from the position alone
 
+            kept = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # share of the tokens that still have a latent each
+            count = lambda length: wire.count(length, max(config.latents, math.ceil(kept * length)))
             step = steps[state["epoch_step"]]
             asked, mine = sum(len(row) for rows in step for row in rows), step[rank::world]
             for i, rows in enumerate(mine):
                 rows = [[items[j] for j in row] for row in rows]
-                batch = collate(prompt, rows, config.scope, wire.count).to(device)
+                batch = collate(prompt, rows, config.scope, count).to(device)
                 teacher = collate(prompt, rows, config.scope, None).to(device) if config.kd else None
                 # Gradients travel once a step, with the last micro-batch.
                 with model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), autocast:
@@ -383,7 +386,7 @@ def train(config, rank, world, device, dtype, why):
                     append_line(logs / "train_diagnostics.jsonl", json.dumps(record))
                     inner, (word, count) = record["models"][name], record["dominant_predictions"][0]
                     line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
-                            f"{questions / seconds:.1f} q/s")
+                            f"M {max(config.latents, math.ceil(kept * max(lengths)))} {questions / seconds:.1f} q/s")
                     left = f" {max(0.0, config.minutes - state['elapsed'] / 60):.1f} min left" if config.minutes else ""
                     bar.set_postfix_str(line + left)
                     append_line(logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
