@@ -80,7 +80,7 @@ PRESETS = {
     "default": {},  # the recommended run of the specification
     "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
     "demo": dict(lm="smollm2-135m", prompt="plain", data="synthetic", samples=4000, epochs=4, minutes=5.5, batch=16, lr=1e-3,
-                 lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", pack=5, first=0.5, entropy=0.0, eval_samples=50, eval_every=0,
+                 lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", pack=5, ramp=0.6, first=0.5, entropy=0.0, eval_samples=50, eval_every=0,
                  log_every=5, out="runs/demo"),
 }
 
@@ -392,7 +392,7 @@ def train(config, rank, world, device, dtype, why):
                     append_line(logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
                     if count > 0.9 * questions and questions >= 32:
                         note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
-            if state["step"] % config.save_every == 0:
+            if state["step"] % config.save_every == 0 and not state["skipped_in_a_row"]:
                 save()
             if config.eval_every and state["step"] % config.eval_every == 0 and state["step"] < total:
                 if master:
