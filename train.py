@@ -366,6 +366,7 @@ def train(config, rank, world, device, dtype, why):
                 state["skipped"], state["skipped_in_a_row"] = state["skipped"] + 1, state["skipped_in_a_row"] + 1
                 note(f"step {state['step'] + 1}: gradient norm {norm.item()}, step skipped ({state['skipped']} so far)")
                 if state["skipped_in_a_row"] == 10:
+                    bar.close()  # else it redraws itself below the error
                     raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {last}. Lower --lr")
             optimizer.zero_grad(set_to_none=True)
             state.update(step=state["step"] + 1, epoch_step=state["epoch_step"] + 1, seen=state["seen"] + asked)
