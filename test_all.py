@@ -20,14 +20,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import data
 import model
-from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
-from eval import evaluate_row, exact_match, f1_score, interval, length_batches, other_contexts, resample, row_ids, table
+from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
+from eval import evaluate_row, exact_match, f1_score, interval, length_batches, other_contexts, resample, row_ids
 from losses import wire_loss
-from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, embed, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
+from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
 
 HERE = Path(__file__).parent
 SQUAD = HERE.parent / "shared" / "squad"

@@ -300,7 +300,7 @@ def train(config, rank, world, device, dtype, why):
     model = wire
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
         DDP._set_params_and_buffers_to_ignore_for_model(wire, [n for n, _ in wire.named_parameters() if n not in trainable] + [n for n, _ in wire.named_buffers()])
-        model = DDP(wire, device_ids=[local] if device.type == "cuda" else None, broadcast_buffers=False)
+        model = DDP(wire, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
     autocast = torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "entropy")}
 
