@@ -361,8 +361,8 @@ class Encoder(nn.Module):
 
     def __init__(self, kind, d, width, blocks, sharp):
         super().__init__()
-        heads = max(1, width // 64)
-        if width % heads:
+        heads = width // 64
+        if width % 64:
             raise UserError(f"--d_z {width} does not split into heads of 64; give a multiple of 64")
         self.kind, self.sharp, self.heads = kind, sharp, heads
         self.norm, self.project, self.place = nn.LayerNorm(d), nn.Linear(d, width), nn.Linear(64, width)
