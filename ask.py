@@ -18,6 +18,7 @@ def parse_args():
     p.add_argument("--context", required=True, help="text file, UTF-8")
     p.add_argument("--question", help="one question; without it, questions are read one a line until end of input")
     p.add_argument("--latents", type=int, help="M (default: the checkpoint's)")
+    p.add_argument("--ratio", type=float, help="tokens per latent, in place of --latents")
     p.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     return p.parse_args()
@@ -46,8 +47,9 @@ def main():
         raise UserError(f"--context {args.context}: cannot be read as UTF-8 text ({error})") from None
     if not text:
         raise UserError(f"--context {args.context} is empty")
-    if args.latents is not None and args.latents < 1:
-        raise UserError(f"--latents {args.latents} must be at least 1")
+    for option in ("latents", "ratio"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option} {value} must be at least 1")
     saved = read_checkpoint(args.ckpt)
     if saved.config.scope != "context":
         raise UserError(f"--ckpt {args.ckpt} puts the question into its latents (--scope prompt); a document that is asked many "
@@ -57,7 +59,7 @@ def main():
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
     began = time.perf_counter()
     document = prompt.items([Example("", text, "", ("",))])[0]
-    M = wire.count(len(document.context), args.latents)
+    M = wire.count(len(document.context), args.latents, args.ratio)
     context = pad([document.context], PAD).to(lm.device)
     prefix, _ = wire.encode(context, torch.tensor([M], device=lm.device))
     prompt.report_cuts(args.context)

@@ -60,6 +60,13 @@ def run_main(main):
         sys.exit(130)
 
 
+def append_line(path, text):
+    """Add a line to a log. Whoever reads it drops a last line without its end: a killed process may leave one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(text + "\n")
+
+
 def write_atomic(path, text):
     """Write text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
     path = Path(path)
@@ -81,6 +88,7 @@ class Example:
     context: str
     question: str
     answers: tuple  # of str, every annotator's
+    title: str = ""  # of the article, where the file names one
 
 
 def load_data(source, split="train", samples=None, seed=0):
@@ -141,7 +149,7 @@ def _read_squad_json(path, text):
                     if qa.get("is_impossible") or not answers:
                         unanswerable += 1
                     else:
-                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers))
+                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers, str(article.get("title", ""))))
     except KeyError as error:
         where = f"data[{a}].paragraphs[{p}]" if "p" in locals() else "data[0]"
         raise UserError(f"{path}: {where} lacks the key {error}; SQuAD layout is data > paragraphs > context, qas") from None
@@ -151,7 +159,7 @@ def _read_squad_json(path, text):
 
 
 def _read_jsonl(path, text):
-    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str, "id": optional}."""
+    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str, "id", "title": optional}."""
     examples, unanswerable = [], 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -161,7 +169,7 @@ def _read_jsonl(path, text):
             answers = record["answers"]
             answers = answers["text"] if isinstance(answers, dict) else answers
             answers = tuple([answers] if isinstance(answers, str) else answers)
-            context, question = record["context"], record["question"]
+            context, question, title = record["context"], record["question"], str(record.get("title", ""))
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
         except KeyError as error:
@@ -171,7 +179,7 @@ def _read_jsonl(path, text):
         if not all(isinstance(value, str) for value in (context, question, *answers)):
             raise UserError(f"{path} line {number}: context, question and every answer must be strings")
         if answers:
-            examples.append(Example(str(record.get("id", number)), context, question, answers))
+            examples.append(Example(str(record.get("id", number)), context, question, answers, title))
         else:
             unanswerable += 1
     return examples, unanswerable

@@ -9,9 +9,11 @@ Evaluate: answer the same questions through every row, and say what each costs.
     raw            the same prompt through inputs_embeds: must equal `text` token by token
     anchor         raw, and the anchor "Answer:" after it, which every row below has too
     token_budget   the user's text cut to its first M tokens
+    selective      the M tokens of the context that surprise the LM most, and the question (Selective-Context)
     question_only  the question without its context
     text_lora      `anchor` read by the LM with the trained LoRA on: what LoRA alone brings
-    latent         encoder, adapter, LoRA: M latents in place of the text
+    token_budget_lora, selective_lora   these two with the trained LoRA on
+    latent         encoder, adapter, LoRA: M latents in place of the text; latent@16 takes 16, whatever --latents says
     latent_shuffled  the same with the latents of another context: what is left is not carried by the wire
     adapter        the text's embeddings resampled to M places and sent through the trained adapter, no encoder
 
@@ -29,8 +31,8 @@ from pathlib import Path
 
 from data import UserError, log, run_main
 
-PLAIN = ("text", "raw", "anchor", "token_budget", "question_only")
-TRAINED = ("text_lora", "latent", "latent_shuffled", "adapter")
+PLAIN = ("text", "raw", "anchor", "token_budget", "selective", "question_only")
+TRAINED = ("text_lora", "token_budget_lora", "selective_lora", "latent", "latent_shuffled", "adapter")
 
 
 def parse_args(argv=None):
@@ -47,6 +49,8 @@ def parse_args(argv=None):
     add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else 1024)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
+    add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each context, in place of --latents")
+    add("--upper", help="run of a wire trained with --encoder text and evaluated on the same questions: prints the retention")
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
@@ -61,8 +65,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import PAD, Prompt, load_data, pad, synthetic_chance, write_atomic
-from model import embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
+from data import PAD, Prompt, append_line, load_data, pad, synthetic_chance, write_atomic
+from model import budget, budgets, embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,6 +97,12 @@ def interval(values, seed=0, resamples=2000):
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     return [float(x) for x in np.percentile(values[picks].mean(1), [2.5, 97.5])]
+
+
+def ratio_interval(a, b, seed=0, resamples=2000):
+    """95% bootstrap interval [low, high] of mean(a) / mean(b) over the same n questions."""
+    picks = np.random.default_rng(seed).integers(len(a), size=(resamples, len(a)))
+    return [float(x) for x in np.percentile(a[picks].mean(1) / np.maximum(b[picks].mean(1), 1e-9), [2.5, 97.5])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,27 +142,50 @@ def length_batches(lengths, batch, padded=5000):
     return chunks
 
 
-def row_ids(row, prompt, item, scope, M, m):
-    """The token ids that a row reads for an item (LATENT where a latent goes). M: the budget; m: its latents."""
+@torch.no_grad()
+def most_surprising(lm, prompt, contexts, counts):
+    """Selective-Context (Li et al., arXiv 2310.06201), token by token: of each context (T,) the counts[b] tokens with the
+    highest self-information -log p(token | what comes before it) under the plain LM, in their order."""
+    before = np.concatenate([prompt.pre, prompt.head])
+    ids = pad([np.concatenate([before, context]) for context in contexts], PAD).to(lm.device)
+    with lora_off(lm):
+        hidden = lm.model(inputs_embeds=embed(lm, ids), use_cache=False).last_hidden_state  # causal: padding on the right is unseen
+        picked = []
+        for states, context, count in zip(hidden, contexts, counts):
+            logits = lm.get_output_embeddings()(states[len(before) - 1:][:len(context)])
+            information = F.cross_entropy(logits.float(), torch.as_tensor(context, device=lm.device).long(), reduction="none")
+            picked.append(context[information.topk(min(count, len(context))).indices.sort().values.cpu().numpy()])
+    return picked
+
+
+def row_ids(row, prompt, item, scope, m, picked=None):
+    """The token ids that a row reads for an item (LATENT where a latent goes). m: how many latents, or tokens in the rows
+    that are cut to a budget; picked: the context's tokens for `selective`."""
     if row in ("text", "raw"):
         return prompt.text(item)
     if row in ("anchor", "text_lora"):
         return np.concatenate([prompt.text(item), prompt.anchor])
-    if row == "token_budget":
+    if row.startswith("token_budget"):
         content = np.concatenate([prompt.head, item.context, item.question])
-        return np.concatenate([prompt.pre, content[:M], prompt.post, prompt.anchor])
+        return np.concatenate([prompt.pre, content[:m], prompt.post, prompt.anchor])
+    if row.startswith("selective"):
+        return np.concatenate([prompt.pre, prompt.head, picked, item.question, prompt.post, prompt.anchor])
     if row == "question_only":
         return np.concatenate([prompt.pre, item.question, prompt.post, prompt.anchor])
     return np.concatenate([prompt.prefix(item, scope, m), prompt.asked(item, scope)])
 
 
 @torch.no_grad()
-def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tokens=24, batch=25, bar=None):
-    """Answer every item through one row. Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the
-    means nll_token, first_token_top1, first_token_top5, tokens_read, latents, and seconds encode, prefill, decode."""
+def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25, bar=None):
+    """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was trained
+    for). Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means nll_token, first_token_top1,
+    first_token_top5, tokens_read, latents, and seconds encode, prefill, decode."""
+    row, _, own = row.partition("@")
+    if own:
+        M, ratio = int(own), None
     if row not in TRAINED and wire is not None:
         with lora_off(lm):
-            return evaluate_row(row, lm, tokenizer, prompt, items, None, M, max_new_tokens, batch, bar)
+            return evaluate_row(row, lm, tokenizer, prompt, items, None, M, ratio, max_new_tokens, batch, bar)
     device = lm.get_input_embeddings().weight.device
     scope = wire.config.scope if wire else "context"
     uses_latents = row in ("latent", "latent_shuffled", "adapter")
@@ -161,11 +194,12 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tok
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0
     for chunk in length_batches([len(item.context) for item in items], batch):
-        prefix, m = None, [0] * len(chunk)
+        prefix, picked = None, [None] * len(chunk)
+        m = [budget(len(prompt.text(items[i])), M or 32, ratio) for i in chunk]  # tokens, for the rows that are cut
         if uses_latents:
             began = time.perf_counter()
             sources = [prompt.source(items[given[i]], scope) for i in chunk]
-            m = [wire.count(len(source), M) for source in sources]
+            m = [wire.count(len(source), M, ratio) for source in sources]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
             prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts)[0]
             if device.type == "cuda":
@@ -173,7 +207,9 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=32, max_new_tok
             encode_s += time.perf_counter() - began
             source_tokens += sum(map(len, sources))
             latents += sum(m)
-        rows = [row_ids(row, prompt, items[i], scope, M, k) for i, k in zip(chunk, m)]
+        elif row.startswith("selective"):
+            picked = most_surprising(lm, prompt, [items[i].context for i in chunk], m)
+        rows = [row_ids(row, prompt, items[i], scope, *rest) for i, *rest in zip(chunk, m, picked)]
         read += sum(map(len, rows))
         out = generate(lm, tokenizer, rows, prefix, max_new_tokens, row == "text",
                        golds=[items[i].answer[:-1] for i in chunk])  # of the first gold answer, without its end token
@@ -253,27 +289,34 @@ def find_row(metrics, row, name):
 
 def table(metrics, name):
     """The rows evaluated so far, scores in percent with 95% intervals."""
-    found = {row: find_row(metrics, row, name) for row in PLAIN + TRAINED}
+    own = sorted((key for key in metrics if "@" in key), key=lambda key: (key.split("@")[0], int(key.split("@")[1])))
+    found = {row: find_row(metrics, row, name) for row in [*PLAIN, *TRAINED, *own]}
     found = {row: value for row, value in found.items() if value}
     reference = found["text"][0]["f1"] if "text" in found else None
-    lines = [f"{'Mode':<16}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>9}{'NLL/tok':>9}{'top-1 %':>9}{'tokens':>8}{'sec':>8}"]
+    lines = [f"{'Mode':<18}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>9}{'NLL/tok':>9}{'top-1 %':>9}{'tokens':>8}{'sec':>8}"]
     for row, (s, wall) in found.items():
         f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
         versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
-        lines.append(f"{row:<16}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>9}{s['nll_token']:>9.2f}"
+        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>9}{s['nll_token']:>9.2f}"
                      f"{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
     return "\n".join(lines)
 
 
+def _read_results(folder):
+    """(metrics, records) that an evaluation wrote, or empty ones."""
+    try:
+        with open(folder / "predictions.jsonl", encoding="utf-8") as f:
+            return json.loads((folder / "metrics.json").read_text(encoding="utf-8")), [json.loads(line) for line in f]
+    except (OSError, ValueError):
+        return {}, []
+
+
 def read_earlier(folder, fingerprint):
     """(metrics, {id: record}) of an earlier call into the same folder on the same data and LM, else empty ones."""
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        records = [json.loads(line) for line in open(folder / "predictions.jsonl", encoding="utf-8")]
-    except (OSError, ValueError):
-        return {}, {}
+    metrics, records = _read_results(folder)
     if metrics.get("fingerprint") != fingerprint:
-        log(f"notice: {folder / 'metrics.json'} is of another LM, data or setting; it is replaced")
+        if metrics:
+            log(f"notice: {folder / 'metrics.json'} is of another LM, data or setting; it is replaced")
         return {}, {}
     return metrics, {record["id"]: record for record in records}
 
@@ -286,17 +329,11 @@ def write_results(out, metrics, records, argv, rows):
     stamp = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
     entry = {"kind": "eval", "tag": out.name, "argv": argv, "timestamp": stamp,
              "rows": {row: {"f1": find_row(metrics, row, name)[0]["f1"], "em": find_row(metrics, row, name)[0]["em"]} for row in rows}}
-    append(out / "eval" / "metrics_history.jsonl", json.dumps(entry))
+    append_line(out / "eval" / "metrics_history.jsonl", json.dumps(entry))
     lines = [f"{stamp} {row}: f1 {s['f1']:.4f} em {s['em']:.4f} nll_token {s['nll_token']:.4f} wall {wall:.2f} s, n {metrics['samples']}"
              for row in rows if row in ("raw", "anchor", "adapter") for s, wall in [find_row(metrics, row, name)]]
     if lines:
-        append(out / "logs" / "embedding_baseline.log", "\n".join(lines))
-
-
-def append(path, text):
-    """Add lines to a file, through a whole new copy: a reader never sees half a line."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    write_atomic(path, before + text + "\n")
+        append_line(out / "logs" / "embedding_baseline.log", "\n".join(lines))
 
 
 def choose_rows(mode, ckpt):
@@ -307,9 +344,10 @@ def choose_rows(mode, ckpt):
         return known if ckpt else PLAIN
     rows = tuple(dict.fromkeys(part.strip() for part in mode.split(",")))
     for row in rows:
-        if row not in known:
-            raise UserError(f"--mode {row} is unknown; there are {', '.join(known)}, all")
-        if row in TRAINED and not ckpt:
+        name, at, own = row.partition("@")
+        if name not in known or at and not (name in ("latent", "latent_shuffled") and own.isdigit() and int(own)):
+            raise UserError(f"--mode {row} is unknown; there are {', '.join(known)}, all, and latent@16 for another M")
+        if name in TRAINED and not ckpt:
             raise UserError(f"--mode {row} needs a trained wire: make one with `python train.py --preset demo`, then give "
                             "--ckpt runs/demo/ckpt/best")
     return rows
@@ -318,9 +356,9 @@ def choose_rows(mode, ckpt):
 def main():
     from tqdm import tqdm
     rows = choose_rows(args.mode, args.ckpt)
-    for option in ("batch", "max_new_tokens", "latents"):
-        if (getattr(args, option) or 1) < 1:
-            raise UserError(f"--{option} {getattr(args, option)} must be at least 1")
+    for option in ("batch", "max_new_tokens", "latents", "ratio"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option} {value} must be at least 1")
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
     config = saved.config if saved else None
     lm_name = args.lm or (config.lm if config else "smollm2-135m")
@@ -328,7 +366,8 @@ def main():
     prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
                     args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
     wire = load_wire(saved, lm).eval() if saved else None
-    M = args.latents or (config.latents if config else 32)
+    M = args.latents or (max(budgets(config)) if config else 32)
+    ratio = args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
     examples = load_data(args.data, args.split, args.samples if args.max_context_tokens is None else None, args.seed)
     items = prompt.items(examples)
     if args.max_context_tokens is not None:
@@ -338,16 +377,16 @@ def main():
     device, dtype, why = pick_device(args.device)
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {n} questions; rows: {', '.join(rows)}")
 
-    out = Path(args.out or (Path(args.ckpt).resolve().parent.parent if args.ckpt else "runs/eval"))
+    # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
+    run = Path(args.ckpt).resolve().parent if args.ckpt else None
+    out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "max_new_tokens": args.max_new_tokens}
+                   "latents": M, "ratio": ratio, "max_new_tokens": args.max_new_tokens}
     metrics, earlier = read_earlier(out / "eval", fingerprint)
     if saved and metrics.get("ckpt_sha256") != saved.checksum:  # rows of another checkpoint go, those that need none stay
-        for row in TRAINED:
-            metrics.pop(row, None)
-            metrics.get("embedding_baselines", {}).pop(row, None)
-            for record in earlier.values():
-                record.pop(row, None)
+        for place in (metrics, metrics.get("embedding_baselines", {}), *earlier.values()):
+            for row in [key for key in place if key.split("@")[0] in TRAINED]:
+                del place[row]
         metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
         "samples": n, "max_new_tokens": args.max_new_tokens, "latent_len": M, "device": device.type, "dtype": str(dtype),
@@ -359,12 +398,14 @@ def main():
                                "embedding_baseline_modes": ["raw", "anchor", "adapter"]}},
     })
     metrics["compression"] = {name: metrics["avg_prompt_tokens"][name] / M}
+    metrics["is_text"] = bool(config and config.encoder == "text")
+    upper = read_upper(args.upper, fingerprint) if args.upper else None
     records = [earlier.get(item.example.id) or
                {"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)} for item in items]
     with tqdm(total=n * len(rows), unit="q", smoothing=0.05) as bar:
         for row in rows:
             bar.set_description(row)
-            result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, args.max_new_tokens, args.batch, bar)
+            result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, ratio, args.max_new_tokens, args.batch, bar)
             place_row(metrics, row, name, result)
             if row == "latent":
                 describe_wire(metrics, name, result, prompt, items, wire)
@@ -375,12 +416,45 @@ def main():
     print(table(metrics, name))
     if args.data == "synthetic":
         print(f"chance level, a random fact of the right kind out of the passage: F1 {100 * synthetic_chance(examples):.1f}")
-    if {"latent", "latent_shuffled"} <= metrics.keys():
-        scores = [[f1_score(record[row], record["golds"]) for record in records] for row in ("latent", "latent_shuffled")]
-        gap = np.subtract(*scores)
-        low, high = interval(gap)
-        print(f"carried by the wire (latent - latent_shuffled): F1 {100 * gap.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    for line in compare(metrics, records, upper):
+        print(line)
+    write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(f"written to {out / 'eval'}")
+
+
+def read_upper(folder, fingerprint):
+    """{id: answer} of the text-tuned reader: the row `latent` of a run trained with --encoder text, evaluated on the same
+    questions. Raises UserError where that is not what the folder holds."""
+    metrics, records = _read_results(Path(folder) / "eval")
+    if "latent" not in metrics:
+        raise UserError(f"--upper {folder}: no evaluated run there; first: python eval.py --mode latent --ckpt {folder}/ckpt/best --data ...")
+    if any(metrics["fingerprint"][key] != fingerprint[key] for key in ("lm", "data", "prompt")) or not metrics.get("is_text"):
+        raise UserError(f"--upper {folder} must be a run of --encoder text, evaluated on the same LM, prompt and questions")
+    return {record["id"]: record["latent"] for record in records}
+
+
+def compare(metrics, records, upper):
+    """Lines to print on how the latents compare, question by question: what the wire carries, and which share of the F1 of
+    the zero-shot and of the tuned text reader it keeps. Puts the same into metrics."""
+    if not records or "latent" not in records[0]:
+        return []
+    f1 = lambda answers: np.array([f1_score(answer, record["golds"]) for answer, record in zip(answers, records)])
+    latent, lines = f1([record["latent"] for record in records]), []
+    if "latent_shuffled" in records[0]:
+        gap = latent - f1([record["latent_shuffled"] for record in records])
+        low, high = metrics["carried_ci95"] = interval(gap)
+        metrics["carried"] = float(gap.mean())
+        lines.append(f"carried by the wire (latent - latent_shuffled): F1 {100 * gap.mean():+.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    metrics["retention"] = {}
+    references = {"zero-shot text (anchor)": [record.get("anchor") for record in records],
+                  "text_lora, this wire's LoRA on the whole text": [record.get("text_lora") for record in records],
+                  "a reader tuned on text (--upper)": upper and [upper[record["id"]] for record in records]}
+    for what, answers in references.items():
+        if answers and None not in answers and (reference := f1(answers)).any():
+            low, high = ratio_interval(latent, reference)
+            metrics["retention"][what] = {"ratio": float(latent.mean() / reference.mean()), "ci95": [low, high], "f1": float(reference.mean())}
+            lines.append(f"retention: {latent.mean() / reference.mean():.2f} [{low:.2f}, {high:.2f}] of {what}, F1 {100 * reference.mean():.1f}")
+    return lines
 
 
 def draw_short(items, args):

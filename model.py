@@ -38,7 +38,8 @@ class WireConfig:
     max_prompt_tokens: int = field(default=1024, metadata={"help": "contexts are cut from the right to fit"})
     scope: str = field(default="context", metadata={"help": "what the latents replace: context (the question stays text) or prompt (all of it)"})
     encoder: str = field(default="pointer", metadata={"help": "pointer, query, pool, or text (every token its own latent: the upper bound)"})
-    latents: int = field(default=32, metadata={"help": "M, how many latents replace the text"})
+    latents: str = field(default="32", metadata={"help": "M, how many latents replace the text; several (8,16,32,64) train one wire for all"})
+    ratio: float = field(default=0.0, metadata={"help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents"})
     d_z: int = field(default=256, metadata={"help": "width of a latent before the adapter"})
     depth: int = field(default=0, metadata={"help": "k, the LM layer whose hidden states the encoder reads; 0: a third of them"})
     blocks: int = field(default=2, metadata={"help": "trainable bidirectional blocks of the encoder"})
@@ -451,9 +452,13 @@ class LatentWire(nn.Module):
         """{name: parameter} of everything that is learned."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def count(self, length, M=None):
-        """How many latents stand for a text of `length` tokens: M, never more than there are tokens."""
-        return length if self.config.encoder == "text" else min(M or self.config.latents, length)
+    def count(self, length, M=None, ratio=None):
+        """How many latents stand for a text of `length` tokens: M, or ceil(length / ratio), never more than there are tokens.
+        Without either, what the wire was trained for, of several the most."""
+        if self.config.encoder == "text":
+            return length
+        ratio = self.config.ratio if M is None and ratio is None else ratio
+        return budget(length, M or max(budgets(self.config)), ratio)
 
     def encode(self, context, M):
         """context (B, T) token ids, PAD right; M (B,) -> prefix (B, max M, d), attention (B, max M, T) or None."""
@@ -489,14 +494,32 @@ class LatentWire(nn.Module):
         return generate(self.lm, tokenizer, rows, self.encode(context, M)[0], **options)
 
 
+def budget(length, M, ratio=None):
+    """M, or ceil(length / ratio) where a ratio is given; never more than length."""
+    return min(math.ceil(length / ratio) if ratio else M, length)
+
+
+def budgets(config):
+    """The numbers of latents that --latents names, ascending: "8,16,32" -> [8, 16, 32]."""
+    try:
+        found = sorted({int(part) for part in str(config.latents).split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise UserError(f"--latents {config.latents} must be whole numbers of at least 1, such as 32 or 8,16,32,64")
+    return found
+
+
 def check_config(config):
     """Raise UserError for a value that names no such thing."""
+    budgets(config)
+    if config.ratio and config.ratio < 1:
+        raise UserError(f"--ratio {config.ratio} must be at least 1: it is tokens per latent")
     for name, known in (("encoder", ("pointer", "query", "pool", "text")), ("scope", ("context", "prompt")), ("prompt", ("plain", "chat"))):
         if getattr(config, name) not in known:
             raise UserError(f"--{name} {getattr(config, name)} is unknown; there are {', '.join(known)}")
-    for name in ("latents", "d_z"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    if config.d_z < 1:
+        raise UserError(f"--d_z {config.d_z} must be at least 1")
     for name in ("lora_rank", "blocks", "depth"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)} must not be negative")

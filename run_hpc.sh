@@ -9,11 +9,13 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
 #
-# One script, three ways to run it:
+# One script, four ways to run it:
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row. About 12 minutes the first time; interrupted, it goes on where it was.
 #   bash run_hpc.sh test     installs into .venv and runs every test, about 8 minutes on 2 cores.
+#   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
+#                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,query
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
 #                            row. `sbatch --nodes=4 run_hpc.sh` takes four. Without SLURM: bash run_hpc.sh.
 #
@@ -67,6 +69,11 @@ Next:
   .venv/bin/python train.py --preset demo --data train-v1.1.json.gz --out runs/squad --minutes 15
 END
   ;;
+ablate)
+  shift
+  setup
+  exec .venv/bin/python ablate.py "$@"
+  ;;
 "" | -*)
   # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
   python=python3
@@ -97,7 +104,7 @@ END
   "$python" eval.py --mode all --data squad --ckpt "$out/ckpt/best" --out "$out"
   ;;
 *)
-  echo "error: target '$1' is unknown; there are demo, test, and none for the GPU run (bash run_hpc.sh --help)" >&2
+  echo "error: target '$1' is unknown; there are demo, test, ablate, and none for the GPU run (bash run_hpc.sh --help)" >&2
   exit 2
   ;;
 esac

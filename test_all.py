@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,13 @@ import torch.nn as nn
 
 import data
 import model
+import report
 from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
-from eval import evaluate_row, exact_match, f1_score, interval, length_batches, other_contexts, resample, row_ids
+from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
+                  read_upper, resample, row_ids)
 from losses import wire_loss
-from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
+from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
+from train import hold_out
 
 HERE = Path(__file__).parent
 SQUAD = HERE.parent / "shared" / "squad"
@@ -288,13 +292,49 @@ def test_controls(tiny):
     assert all(items[o].example.context != item.example.context for o, item in zip(other, items))
     with pytest.raises(UserError, match="at least two contexts"):
         other_contexts(items[:1])
-    budget = row_ids("token_budget", prompt, items[0], "context", 8, 0)
+    budget = row_ids("token_budget", prompt, items[0], "context", 8)
     assert budget.tolist() == prompt.text(items[0])[:8].tolist() + prompt.anchor.tolist()
-    assert items[0].context[3] not in row_ids("question_only", prompt, items[0], "context", 8, 0)[:1]
+    assert items[0].context[3] not in row_ids("question_only", prompt, items[0], "context", 8)[:1]
     x = torch.arange(8.0).view(1, 8, 1).expand(1, 8, 3)
     assert torch.allclose(resample(x, torch.ones(1, 8, dtype=torch.bool), torch.tensor([4]))[0, :, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]))
     chunks = length_batches([800, 10, 790, 20, 30], 3)
     assert sorted(sum(chunks, [])) == [0, 1, 2, 3, 4] and all(len(chunk) <= 3 for chunk in chunks) and chunks[0][0] == 0
+
+
+def test_selective_keeps_the_most_surprising_tokens_in_order(tiny):
+    wire, prompt, items = make_wire(tiny)
+    contexts = [items[0].context, items[7].context[:5]]
+    first, short = most_surprising(wire.lm, prompt, contexts, [6, 6])
+    before = np.concatenate([prompt.pre, prompt.head])
+    with torch.no_grad(), lora_off(wire.lm):  # by hand, without padding: token t is predicted by what stands before it
+        logits = wire.lm(torch.from_numpy(np.concatenate([before, contexts[0]])).long()[None]).logits[0].log_softmax(-1)
+    information = np.array([-logits[len(before) - 1 + t, token].item() for t, token in enumerate(contexts[0])])
+    assert first.tolist() == contexts[0][np.sort(np.argsort(-information)[:6])].tolist()
+    assert short.tolist() == contexts[1].tolist()  # fewer tokens than the budget: all of them
+    row = row_ids("selective", prompt, items[0], "context", 6, first)
+    assert row.tolist() == np.concatenate([before, first, items[0].question, prompt.anchor]).tolist()
+
+
+def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
+    low, high = ratio_interval(np.array([0.2, 0.4, 0.6] * 20), np.array([0.4, 0.8, 1.2] * 20))
+    assert low == pytest.approx(0.5) and high == pytest.approx(0.5)  # exactly half on every question: no spread
+    records = [{"id": str(i), "golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"} for i in range(12)]
+    metrics = {}
+    lines = compare(metrics, records, {str(i): "Rome" if i < 6 else "x" for i in range(12)})
+    assert metrics["carried"] == 0.25 and len(lines) == 3
+    assert metrics["retention"]["zero-shot text (anchor)"]["ratio"] == 0.25 and metrics["retention"]["a reader tuned on text (--upper)"]["ratio"] == 0.5
+    with pytest.raises(UserError, match="no evaluated run there"):
+        read_upper(tmp_path, {})
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "predictions.jsonl").write_text(json.dumps({"id": "1", "latent": "Rome"}) + "\n")
+    fingerprint = {"lm": "a", "data": "b", "prompt": "plain"}
+    for is_text, its_data, fails in ((True, "b", False), (True, "other", True), (False, "b", True)):
+        (tmp_path / "eval" / "metrics.json").write_text(json.dumps({"latent": {}, "is_text": is_text, "fingerprint": {**fingerprint, "data": its_data}}))
+        if fails:
+            with pytest.raises(UserError, match="must be a run of --encoder text"):
+                read_upper(tmp_path, fingerprint)
+        else:
+            assert read_upper(tmp_path, fingerprint) == {"1": "Rome"}
 
 
 @pytest.mark.slow
@@ -415,8 +455,29 @@ def test_prompt_scope_replaces_the_question_too(tiny):
     assert batch.context[0].tolist()[:len(items[0].question)] == items[0].question.tolist()
 
 
+def test_budgets_and_ratio(tiny):
+    assert budgets(WireConfig(latents="32,8,16")) == [8, 16, 32] and budgets(WireConfig()) == [32]
+    wire, prompt, items = make_wire(tiny, latents="4,8")
+    assert [wire.count(100), wire.count(100, 4), wire.count(3), wire.count(100, None, 8.0), wire.count(101, None, 8.0)] == [8, 4, 3, 13, 13]
+    wire.config.ratio = 8.0
+    assert [wire.count(100), wire.count(100, 4)] == [13, 4]  # what it was trained for, unless told otherwise
+    context = pad([items[0].context], PAD)
+    with torch.no_grad():
+        assert [wire.encode(context, torch.tensor([m]))[0].shape[1] for m in (4, 8)] == [4, 8]
+
+
+def test_whole_articles_are_held_out():
+    items = [Item(Example(str(i), f"context {i // 3}", "?", ("a",), f"article {i // 30}" if titled else ""), None, None, None)
+             for titled in (True, False) for i in range(1200)]
+    train, held, what = hold_out(items[:1200], 25)
+    assert what == "the last 2 articles" and {item.example.title for item in held} == {"article 39", "article 38"}
+    assert len(train) + len(held) == 1200 and not {item.example.title for item in train} & {item.example.title for item in held}
+    assert hold_out(items[1200:], 25)[2] == "the last 18 contexts" and hold_out(items[:1200], 100)[2] == "the last 4 articles"
+    assert hold_out(items[:30], 100)[0] == items[:30]  # one article: nothing to hold out
+
+
 def test_bad_config_is_one_line(tiny):
-    for change, says in ((dict(encoder="magic"), "--encoder magic"), (dict(scope="x"), "--scope x"), (dict(latents=0), "--latents 0"),
+    for change, says in ((dict(encoder="magic"), "--encoder magic"), (dict(scope="x"), "--scope x"), (dict(latents=0), "--latents 0"), (dict(latents="8,x"), "--latents 8,x"), (dict(ratio=0.5), "--ratio 0.5"),
                          (dict(depth=99), "--depth 99"), (dict(d_z=100), "--d_z 100"), (dict(lora_rank=-1), "--lora_rank -1")):
         with pytest.raises(UserError, match=says):
             make_wire(tiny, **change)
@@ -542,7 +603,7 @@ def test_training_learns_and_logs(trained):
     assert preserved <= records[0].keys() and "latent_rms" in records[0] and records[0]["attention_entropy"] > 0
     assert {"tf", "first", "kce", "kd", "first_acc", "first_acc_top5", "first_token_logit_stats", "prediction_histogram"} <= records[0]["models"]["tiny"].keys()
     assert (trained / "config.json").exists() and (trained / "eval" / "metrics_history.jsonl").exists()
-    assert read_checkpoint(trained / "ckpt" / "best").config.latents == 8
+    assert read_checkpoint(trained / "ckpt" / "best").config.latents == "8"
 
 
 @pytest.mark.slow
@@ -601,16 +662,16 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     out = tmp_path / "ev"
     first = run("eval.py", "--mode", "text,raw,anchor", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", out, "--device", "cpu", "--max_new_tokens", "6")
     assert "Reference" in first.stdout and "text " in first.stdout
-    out_all = run("eval.py", "--mode", "latent,latent_shuffled,text_lora,adapter,token_budget,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
+    out_all = run("eval.py", "--mode", "latent,latent_shuffled,latent@4,text_lora,adapter,token_budget,selective_lora,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
                   "--out", out, "--device", "cpu", "--max_new_tokens", "6")
-    assert "carried by the wire" in out_all.stdout and "chance level" in out_all.stdout
+    assert "carried by the wire" in out_all.stdout and "chance level" in out_all.stdout and "latent@4" in out_all.stdout
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
     records = [json.loads(line) for line in open(out / "eval" / "predictions.jsonl")]
     assert len(records) == 12 and {"prompt", "golds", "text", "raw", "latent", "latent_shuffled", "adapter"} <= records[0].keys()  # rows of the first call are kept
     assert metrics["text"]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r["text"], r["golds"]) for r in records]))
     assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
     assert metrics["payload_bytes"] == 12 * 8 * 64 * 4 and metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
-    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 9
+    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 11
     preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
     if preserved.exists():
         def missing(theirs, ours, path=""):
@@ -622,6 +683,35 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
                     yield from missing(value, ours[key], f"{path}{key}.")
         allowed = ("joint", "oracle", "debug.settings.append_bos_after_prefix", "debug.settings.decode")  # two-LM fields and old decoding switches
         assert [key for key in missing(json.loads(preserved.read_text()), metrics) if key not in allowed] == []
+
+
+@pytest.mark.slow
+def test_report_and_preserved_copy(tiny, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    assert "is not of" in run("report.py", out, "--preserve", tmp_path / "kept", code=2).stderr  # not evaluated yet
+    run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", out / "ckpt" / "best", "--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4")
+    run("report.py", out)
+    page, metrics = (out / "README.md").read_text(), json.loads((out / "eval" / "metrics.json").read_text())
+    assert f"| **Latents** | {100 * metrics['latent']['tiny']['f1']:.1f}% [" in page and "Carried by the wire" in page and "## What to change next" in page
+    run("report.py", out, "--preserve", tmp_path / "kept", "--name", "tiny")
+    kept, = [path for path in (tmp_path / "kept").iterdir() if path.is_dir()]
+    assert kept.name.endswith("_tiny") and kept.name in (tmp_path / "kept" / "README.md").read_text()
+    assert not any(str(tmp_path) in path.read_text() for path in kept.rglob("*.json*"))  # no path of this machine
+    run("eval.py", "--mode", "latent", "--ckpt", kept / "ckpt", "--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4", "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "eval" / "metrics.json").read_text())
+    assert again["latent"]["tiny"]["f1"] == metrics["latent"]["tiny"]["f1"]
+    assert "already" in run("report.py", out, "--preserve", tmp_path / "kept", "--name", "tiny", code=2).stderr
+    assert "neither" in run("report.py", tmp_path, code=2).stderr
+
+
+def test_report_reads_the_specifications_run(tmp_path):
+    theirs = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke"
+    if not theirs.exists():
+        pytest.skip("../shared/preserved_data is not there")
+    page = report.markdown(report.Run(theirs))
+    for figure in ("| Text baseline | 79.6% | 59.0% | Reference", "+2.4%", "| -78.6% |", "7.7x", "3.7x with the encoder", "96% of them", "82.9% utilization"):
+        assert figure in page, figure
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Prompt, UserError, collate, epoch_plan, group_by_context, load_data, log, run_main, write_atomic
+from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, run_main, write_atomic
 from eval import evaluate_row, summary
-from model import LatentWire, WireConfig, load_lm, load_trained, pick_device, read_checkpoint, save_checkpoint
+from model import LatentWire, WireConfig, budgets, load_lm, load_trained, pick_device, read_checkpoint, save_checkpoint
 
 
 def option(default, text):
@@ -42,7 +42,7 @@ def option(default, text):
 class Config(WireConfig):
     # data
     data: str = option("squad", "squad, synthetic, or a .json, .json.gz or .jsonl file")
-    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last contexts are held out)")
+    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles are held out)")
     samples: int = option(20_000, "training questions")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     max_context_tokens: int = option(0, "leave out questions whose context is longer; 0: keep all")
@@ -53,7 +53,8 @@ class Config(WireConfig):
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(4, "questions of one paragraph that share its latents in a row (context scope)")
     ramp: float = option(0.5, "share of the run over which M falls from the context's own length: the task first, then the compression")
-    lr: float = option(5e-4, "peak learning rate")
+    lr: float = option(1e-3, "peak learning rate of LoRA")
+    encoder_lr: float = option(2e-4, "peak learning rate of the encoder and the adapter")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
     clip: float = option(1.0, "gradient norm is clipped to this")
@@ -98,23 +99,38 @@ def parse_config(argv=None):
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
-    if config.lr <= 0 or config.temperature <= 0 or config.clip <= 0:
-        raise UserError("--lr, --temperature and --clip must be above 0")
+    for name in ("lr", "encoder_lr", "temperature", "clip"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name} {getattr(config, name)} must be above 0")
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
     return config
 
 
-def lr_at(progress, config):
-    """Learning rate at a share 0..1 of the run."""
-    if progress < config.warmup:                                             # 1) linear warm-up
-        return config.lr * (progress + 1e-3) / (config.warmup + 1e-3)
-    done = min(1.0, (progress - config.warmup) / max(1e-9, 1 - config.warmup))
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))                  # 2) cosine down to 0
+def lr_factor(progress, warmup):
+    """Share 0..1 of the peak learning rate at a share 0..1 of the run."""
+    if progress < warmup:                                                    # 1) linear warm-up
+        return (progress + 1e-3) / (warmup + 1e-3)
+    done = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
+    return 0.5 * (1 + math.cos(math.pi * done))                              # 2) cosine down to 0
+
+
+def hold_out(items, n):
+    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or of
+    its contexts where it names no articles, and at least n questions if that leaves anything."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item.example.title or item.example.context, []).append(item)
+    names, held = list(groups), []
+    wanted = max(1, round(0.045 * len(names)))
+    while len(names) > 1 and (len(held) < wanted or sum(len(groups[name]) for name in held) < n):
+        held.append(names.pop())
+    flat = lambda names: [item for name in names for item in groups[name]]
+    return flat(names), flat(held), f"the last {len(held)} {'articles' if items and items[0].example.title else 'contexts'}"
 
 
 def load_items(config, prompt):
-    """(training items, dev items). The dev slice is fixed by the seed; from one file it is the last contexts."""
+    """(training items, dev items). The dev slice is fixed by the seed."""
     eval_data = config.eval_data or config.data
     examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
     short = lambda items: [item for item in items if not config.max_context_tokens or len(item.context) <= config.max_context_tokens]
@@ -123,13 +139,9 @@ def load_items(config, prompt):
         dev = short(prompt.items(load_data(eval_data, "dev", config.eval_samples if eval_data == "synthetic" else None, config.seed)))
         dev = random.Random(config.seed).sample(dev, min(config.eval_samples, len(dev)))
     else:
-        items = short(prompt.items(examples))
-        groups = group_by_context(items)
-        held = []
-        while len(groups) > 1 and len(held) < config.eval_samples:
-            held += groups.pop()
-        train, dev = [items[i] for group in groups for i in group], [items[i] for i in held][:config.eval_samples]
-        log(f"notice: the last {len(dev)} questions of {config.data} are held out as the dev slice")
+        train, held, what = hold_out(short(prompt.items(examples)), config.eval_samples)
+        dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
+        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions")
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
         groups = group_by_context(train)
@@ -195,11 +207,6 @@ def diagnostics(window, config, name):
     }
 
 
-def append_line(path, text):
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(text + "\n")
-
-
 def keep_steps(path, step):
     """Drop the records of a .jsonl file that are past a step: a resumed run will write them again."""
     if path.exists():
@@ -259,7 +266,8 @@ def train(config, rank, world, device, dtype, why):
     trainable = wire.trainable()
     if not trainable:
         raise UserError("--encoder text with --lora_rank 0 leaves nothing to train; give --lora_rank 16")
-    optimizer = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
+    parts = [([p for name, p in trainable.items() if name.startswith("lm.") == is_lora], lr) for is_lora, lr in ((True, config.lr), (False, config.encoder_lr))]
+    optimizer = torch.optim.AdamW([{"params": params, "peak": lr} for params, lr in parts if params], weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
 
     # data
@@ -311,7 +319,7 @@ def train(config, rank, world, device, dtype, why):
     def evaluate():
         """Dev F1 of the latents; keeps the best checkpoint."""
         wire.eval()
-        scores = summary(evaluate_row("latent", lm, tokenizer, prompt, dev, wire, config.latents))
+        scores = summary(evaluate_row("latent", lm, tokenizer, prompt, dev, wire))
         wire.train()
         record = {"kind": "train", "tag": out.name, "global_step": state["step"], "samples_seen": state["seen"], "n": len(dev), **scores,
                   "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
@@ -339,16 +347,19 @@ def train(config, rank, world, device, dtype, why):
             progress = max(state["step"] / total, state["elapsed"] / 60 / config.minutes if config.minutes else 0.0)
             if stop or progress >= 1:
                 break
+            factor = lr_factor(progress, config.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(progress, config)
+                group["lr"] = group["peak"] * factor
             torch.manual_seed(config.seed + 1_000_003 * state["step"] + rank)  # dropout follows from the position alone
 
             kept = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # share of the tokens that still have a latent each
-            count = lambda length: wire.count(length, max(config.latents, math.ceil(kept * length)))
+            count = lambda length: min(length, max(wire.count(length, M), math.ceil(kept * length)))
             step = steps[state["epoch_step"]]
             asked, mine = sum(len(row) for rows in step for row in rows), step[rank::world]
             for i, rows in enumerate(mine):
                 rows = [[items[j] for j in row] for row in rows]
+                # One of --latents for each micro-batch, the same whichever process gets it.
+                M = None if config.ratio else random.Random(f"{config.seed} {state['step']} {rank + i * world}").choice(budgets(config))
                 batch = collate(prompt, rows, config.scope, count).to(device)
                 teacher = collate(prompt, rows, config.scope, None).to(device) if config.kd else None
                 # Gradients travel once a step, with the last micro-batch.
@@ -382,12 +393,12 @@ def train(config, rank, world, device, dtype, why):
                 window, seconds, ticked = [], time.time() - ticked, time.time()
                 if master:
                     record = {"epoch": state["epoch"], "global_step": state["step"], "epoch_step": state["epoch_step"], "samples_seen": state["seen"],
-                              "grad_norm": norm.item(), "lr": lr_at(progress, config), "sec_per_step": seconds / config.log_every,
+                              "grad_norm": norm.item(), "lr": config.lr * factor, "sec_per_step": seconds / config.log_every,
                               "samples_per_sec": questions / seconds, "skipped_steps": state["skipped"], **record, **memory()}
                     append_line(logs / "train_diagnostics.jsonl", json.dumps(record))
                     inner, (word, count) = record["models"][name], record["dominant_predictions"][0]
                     line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
-                            f"M {max(config.latents, math.ceil(kept * max(lengths)))} {questions / seconds:.1f} q/s")
+                            f"M {int(batch.latents.max())} {questions / seconds:.1f} q/s")
                     left = f" {max(0.0, config.minutes - state['elapsed'] / 60):.1f} min left" if config.minutes else ""
                     bar.set_postfix_str(line + left)
                     append_line(logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")

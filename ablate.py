@@ -1,0 +1,118 @@
+"""
+Ablations: the same recipe with one thing changed, one cell after another, and a table.
+
+    python ablate.py                                                         # official SQuAD, downloaded once
+    python ablate.py --data train-v1.1.json.gz --eval_data dev-v1.1.json.gz  # the same from files
+    python ablate.py --cells base,query,pool                                 # some of the cells
+
+Every cell trains on the same questions in the same order with the same seed, then answers the same questions. A cell whose
+questions cost more or less time than the base's is run a second time for the base's wall clock, so that the table has both
+comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
+Writes OUT/table.md and OUT/<cell>/ (a run each).
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from data import UserError, log, run_main, write_atomic
+
+CELLS = {  # name: what train.py gets beside the recipe
+    "base": "",
+    "text": "--encoder text",
+    "query": "--encoder query",
+    "pool": "--encoder pool",
+    "prompt scope": "--scope prompt",
+    "no LoRA": "--lora_rank 0",
+    "no ramp": "--ramp 0",
+    "no first": "--first 0",
+    "first 3": "--first 3",
+    "entropy 0.5": "--entropy 0.5",
+    "kd 0.5": "--kd 0.5",
+    "M = 8": "--latents 8",
+    "M = 16": "--latents 16",
+    "M = 64": "--latents 64",
+    "elastic": "--latents 8,16,32,64",
+}
+OTHER_COST = ("text", "prompt scope", "M = 64", "kd 0.5")  # these take another time per question
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--data", default="squad", help="squad (default), synthetic, or the training file")
+    add("--eval_data", default="squad", help="squad (default), synthetic, or the file whose questions are answered")
+    add("--preset", default="squad", help="recipe of train.py that every cell starts from (default squad)")
+    add("--samples", type=int, default=1500, help="training questions a cell (default 1500, about 4 minutes on 2 cores)")
+    add("--eval_samples", type=int, default=500, help="questions answered a cell (default 500)")
+    add("--cells", default=",".join(CELLS), help=f"some of: {', '.join(CELLS)}")
+    add("--out", default="runs/ablate", help="folder (default runs/ablate)")
+    return p.parse_args(argv)
+
+
+def run_cell(name, flags, out):
+    """Train and evaluate one cell, as far as that is not done yet."""
+    folder = out / name.replace(" ", "_").replace("=", "")
+    state = folder / "ckpt" / "last" / "state.json"
+    if not (state.exists() and json.loads(state.read_text())["finished"]):
+        call("train.py", "--preset", args.preset, "--data", args.data, "--samples", args.samples, "--epochs", 1, "--eval_samples", 25,
+             "--eval_every", 0, "--resume", "--out", folder, *flags.split())
+    metrics = folder / "eval" / "metrics.json"
+    if not (metrics.exists() and "latent" in json.loads(metrics.read_text())):
+        rows = "latent,latent_shuffled,anchor,text_lora,selective_lora,token_budget_lora" if name == "base" else "latent"
+        if name == "elastic":
+            rows = "latent,latent@8,latent@16,latent@32,latent@64"
+        call("eval.py", "--mode", rows, "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
+    return folder
+
+
+def call(*command):
+    done = subprocess.run([sys.executable, *map(str, command)])
+    if done.returncode:
+        raise UserError(f"`python {' '.join(map(str, command))}` ended with code {done.returncode}; mend that and start again")
+
+
+def table(folders):
+    """Markdown table of the cells that are finished; folders: {(cell, budget): folder}."""
+    lines = ["| cell | budget | questions seen | minutes | M | F1 | EM | first-token top-1 | NLL/token |", "|---|---|---|---|---|---|---|---|---|"]
+    for (name, budget), folder in folders.items():
+        metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
+        for row in ("latent", "latent_shuffled", "anchor", "text_lora", "selective_lora", "token_budget_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
+            entry = metrics.get("embedding_baselines", {}).get(row, {}).get("metrics") or metrics.get(row)
+            if not entry:
+                continue
+            s = entry[metrics["lm"]]
+            label = name if row == "latent" else f"{name}: {row}"
+            M = row.partition("@")[2] or ("T" if metrics["is_text"] else metrics["latent_len"])
+            f1, em = (f"{100 * s[key]:.1f} [{100 * s[key + '_ci95'][0]:.1f}, {100 * s[key + '_ci95'][1]:.1f}]" for key in ("f1", "em"))
+            lines.append(f"| {label} | {budget} | {state['seen']:,} | {state['elapsed'] / 60:.1f} | {M} | {f1} | {em} | "
+                         f"{100 * s['first_token_top1']:.1f} | {s['nll_token']:.2f} |")
+    return "\n".join(lines)
+
+
+def main():
+    cells = [cell.strip() for cell in args.cells.split(",")]
+    for cell in cells:
+        if cell not in CELLS:
+            raise UserError(f"--cells {cell} is unknown; there are {', '.join(CELLS)}")
+    out, folders = Path(args.out), {}
+    def add(name, budget, flags, folder):
+        log(f"== {name}, {budget}")
+        folders[name, budget] = run_cell(folder, flags, out)
+        write_atomic(out / "table.md", table(folders) + "\n")
+    for cell in cells:
+        add(cell, "equal samples", CELLS[cell], cell)
+    base = out / "base" / "ckpt" / "last" / "state.json"
+    if base.exists():
+        minutes = json.loads(base.read_text())["elapsed"] / 60
+        for cell in cells:
+            if cell in OTHER_COST:
+                add(cell, "equal time", f"{CELLS[cell]} --epochs 100 --minutes {minutes:.2f}", cell + " equal time")
+    print(table(folders))
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    run_main(main)
