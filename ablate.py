@@ -60,7 +60,7 @@ def run_cell(name, flags, out):
              "--eval_every", 0, "--resume", "--out", folder, *flags.split())
     metrics = folder / "eval" / "metrics.json"
     if not (metrics.exists() and "latent" in json.loads(metrics.read_text())):
-        rows = "latent,latent_shuffled,anchor,text_lora,selective_lora,token_budget_lora" if name == "base" else "latent"
+        rows = "latent,latent_shuffled,anchor,text_lora,truncated_lora,selective_lora" if name == "base" else "latent"
         if name == "elastic":
             rows = "latent,latent@8,latent@16,latent@32,latent@64"
         call("eval.py", "--mode", rows, "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
@@ -79,7 +79,7 @@ def table(folders):
     for (name, budget), folder in folders.items():
         metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
-        for row in ("latent", "latent_shuffled", "anchor", "text_lora", "selective_lora", "token_budget_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
+        for row in ("latent", "latent_shuffled", "anchor", "text_lora", "truncated_lora", "selective_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
             entry = metrics.get("embedding_baselines", {}).get(row, {}).get("metrics") or metrics.get(row)
             if not entry:
                 continue

@@ -9,11 +9,13 @@ Evaluate: answer the same questions through every row, and say what each costs.
     raw            the same prompt through inputs_embeds: must equal `text` token by token
     anchor         raw, and the anchor "Answer:" after it, which every row below has too
     token_budget   the user's text cut to its first M tokens
+    truncated      the first M tokens of the context, and the question
     selective      the M tokens of the context that surprise the LM most, and the question (Selective-Context)
     question_only  the question without its context
     text_lora      `anchor` read by the LM with the trained LoRA on: what LoRA alone brings
-    token_budget_lora, selective_lora   these two with the trained LoRA on
-    latent         encoder, adapter, LoRA: M latents in place of the text; latent@16 takes 16, whatever --latents says
+    token_budget_lora, truncated_lora, selective_lora   these three with the trained LoRA on
+    latent         encoder, adapter, LoRA: M latents in place of the text; latent@16 takes 16 of them whatever --latents
+                   says, latent@int8 sends them as integers
     latent_shuffled  the same with the latents of another context: what is left is not carried by the wire
     adapter        the text's embeddings resampled to M places and sent through the trained adapter, no encoder
 
@@ -25,14 +27,15 @@ import re
 import string
 import sys
 import time
+import zlib
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
 from data import UserError, log, run_main
 
-PLAIN = ("text", "raw", "anchor", "token_budget", "selective", "question_only")
-TRAINED = ("text_lora", "token_budget_lora", "selective_lora", "latent", "latent_shuffled", "adapter")
+PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "question_only")
+TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "latent", "latent_shuffled", "adapter")
 
 
 def parse_args(argv=None):
@@ -50,6 +53,7 @@ def parse_args(argv=None):
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each context, in place of --latents")
+    add("--wire", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how the latents travel to the LM (default fp32)")
     add("--upper", help="run of a wire trained with --encoder text and evaluated on the same questions: prints the retention")
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
@@ -66,7 +70,8 @@ import torch
 import torch.nn.functional as F
 
 from data import PAD, Prompt, append_line, load_data, pad, synthetic_chance, write_atomic
-from model import budget, budgets, embed, generate, load_lm, load_wire, lora_off, pick_device, read_checkpoint
+from model import (GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, embed, generate, load_lm, load_wire, lora_off, payload_bytes, pick_device,
+                   quantise, read_checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,7 +173,8 @@ def row_ids(row, prompt, item, scope, m, picked=None):
     if row.startswith("token_budget"):
         content = np.concatenate([prompt.head, item.context, item.question])
         return np.concatenate([prompt.pre, content[:m], prompt.post, prompt.anchor])
-    if row.startswith("selective"):
+    if row.startswith(("truncated", "selective")):
+        picked = item.context[:m] if picked is None else picked
         return np.concatenate([prompt.pre, prompt.head, picked, item.question, prompt.post, prompt.anchor])
     if row == "question_only":
         return np.concatenate([prompt.pre, item.question, prompt.post, prompt.anchor])
@@ -176,12 +182,14 @@ def row_ids(row, prompt, item, scope, m, picked=None):
 
 
 @torch.no_grad()
-def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25, bar=None):
+def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25, bar=None, kind="fp32"):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was trained
-    for). Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means nll_token, first_token_top1,
+    for), the latents quantised as `kind` says. Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means nll_token, first_token_top1,
     first_token_top5, tokens_read, latents, and seconds encode, prefill, decode."""
     row, _, own = row.partition("@")
-    if own:
+    if own in WIRES:
+        kind = own
+    elif own:
         M, ratio = int(own), None
     if row not in TRAINED and wire is not None:
         with lora_off(lm):
@@ -202,6 +210,7 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
             m = [wire.count(len(source), M, ratio) for source in sources]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
             prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts)[0]
+            prefix = prefix if kind == "fp32" else dequantise(*quantise(prefix, kind))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             encode_s += time.perf_counter() - began
@@ -289,7 +298,7 @@ def find_row(metrics, row, name):
 
 def table(metrics, name):
     """The rows evaluated so far, scores in percent with 95% intervals."""
-    own = sorted((key for key in metrics if "@" in key), key=lambda key: (key.split("@")[0], int(key.split("@")[1])))
+    own = sorted((key for key in metrics if "@" in key), key=lambda key: (key.split("@")[0], key.split("@")[1].zfill(4)))
     found = {row: find_row(metrics, row, name) for row in [*PLAIN, *TRAINED, *own]}
     found = {row: value for row, value in found.items() if value}
     reference = found["text"][0]["f1"] if "text" in found else None
@@ -345,8 +354,8 @@ def choose_rows(mode, ckpt):
     rows = tuple(dict.fromkeys(part.strip() for part in mode.split(",")))
     for row in rows:
         name, at, own = row.partition("@")
-        if name not in known or at and not (name in ("latent", "latent_shuffled") and own.isdigit() and int(own)):
-            raise UserError(f"--mode {row} is unknown; there are {', '.join(known)}, all, and latent@16 for another M")
+        if name not in known or at and not (name in ("latent", "latent_shuffled") and (own in WIRES or own.isdigit() and int(own))):
+            raise UserError(f"--mode {row} is unknown; there are {', '.join(known)}, all, latent@16 for another M, latent@int8 for another wire")
         if name in TRAINED and not ckpt:
             raise UserError(f"--mode {row} needs a trained wire: make one with `python train.py --preset demo`, then give "
                             "--ckpt runs/demo/ckpt/best")
@@ -381,11 +390,11 @@ def main():
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "ratio": ratio, "max_new_tokens": args.max_new_tokens}
+                   "latents": M, "ratio": ratio, "wire": args.wire, "max_new_tokens": args.max_new_tokens}
     metrics, earlier = read_earlier(out / "eval", fingerprint)
     if saved and metrics.get("ckpt_sha256") != saved.checksum:  # rows of another checkpoint go, those that need none stay
         for place in (metrics, metrics.get("embedding_baselines", {}), *earlier.values()):
-            for row in [key for key in place if key.split("@")[0] in TRAINED]:
+            for row in [key for key in place if key.split("@")[0] in TRAINED or key in ("wire", "carried", "carried_ci95")]:
                 del place[row]
         metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
@@ -405,10 +414,15 @@ def main():
     with tqdm(total=n * len(rows), unit="q", smoothing=0.05) as bar:
         for row in rows:
             bar.set_description(row)
-            result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, ratio, args.max_new_tokens, args.batch, bar)
+            result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, ratio, args.max_new_tokens, args.batch, bar, args.wire)
             place_row(metrics, row, name, result)
             if row == "latent":
                 describe_wire(metrics, name, result, prompt, items, wire)
+            kind = row.partition("@")[2] if "@" in row else args.wire
+            if row.startswith("latent") and "shuffled" not in row and kind in WIRES:
+                values = round(result["latents"] * n) * lm.config.hidden_size
+                metrics.setdefault("wire", {}).setdefault("quality", {})[kind] = {
+                    **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")}, "bytes": payload_bytes(values, kind)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
@@ -482,12 +496,15 @@ def describe_wire(metrics, name, result, prompt, items, wire):
     whole = np.mean([len(prompt.text(item)) + len(prompt.anchor) for item in items])
     metrics["compression"] = {name: result["source_tokens"] / result["latents"]}
     metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
-    bytes_of = {"fp32": n * M * d * 4, "fp16": n * M * d * 2}
-    metrics["payload_bytes"] = bytes_of["fp32"]
-    metrics["payload_bytes_detail"] = {**bytes_of, "selected": None}
-    chars = sum(len(item.example.context) for item in items)
-    metrics["wire"] = {"prompt_chars": {name: chars}, "prompt_count": n, "latent_shape": [n, M, d], "latent_bytes": bytes_of,
-                       "group_size": 32, "scale_bits": 16, "selected_latent_bytes": None, "wire_ratio": {}}
+    bytes_of = {kind: payload_bytes(round(result["latents"] * n) * d, kind) for kind in WIRES}
+    metrics["payload_bytes"] = bytes_of[args.wire]
+    metrics["payload_bytes_detail"] = {**bytes_of, "selected": args.wire}
+    texts = [item.example.context.encode("utf-8", "surrogatepass") for item in items]  # what the latents stand in for
+    size = {"utf8": sum(map(len, texts)), "zlib": sum(len(zlib.compress(text, 9)) for text in texts)}
+    metrics["wire"] = {"prompt_chars": {name: sum(len(item.example.context) for item in items)}, "prompt_count": n, "latent_shape": [n, M, d],
+                       "latent_bytes": bytes_of, "text_bytes": size, "group_size": GROUP, "scale_bits": SCALE_BITS, "selected_latent_bytes": bytes_of[args.wire],
+                       "wire_ratio": {kind: size["utf8"] / count for kind, count in bytes_of.items()},
+                       "quality": metrics.get("wire", {}).get("quality", {})}
 
 
 if __name__ == "__main__":

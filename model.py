@@ -40,10 +40,10 @@ class WireConfig:
     encoder: str = field(default="pointer", metadata={"help": "pointer, query, pool, or text (every token its own latent: the upper bound)"})
     latents: str = field(default="32", metadata={"help": "M, how many latents replace the text; several (8,16,32,64) train one wire for all"})
     ratio: float = field(default=0.0, metadata={"help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents"})
-    d_z: int = field(default=256, metadata={"help": "width of a latent before the adapter"})
+    d_z: int = field(default=512, metadata={"help": "width of a latent before the adapter"})
     depth: int = field(default=0, metadata={"help": "k, the LM layer whose hidden states the encoder reads; 0: a third of them"})
     blocks: int = field(default=2, metadata={"help": "trainable bidirectional blocks of the encoder"})
-    sharp: float = field(default=4.0, metadata={"help": "sharpness of the pointer's position prior"})
+    sharp: float = field(default=40.0, metadata={"help": "how steeply the pointer's attention falls outside its window"})
     lora_rank: int = field(default=32, metadata={"help": "0: no LoRA"})
     lora_alpha: float = field(default=64.0, metadata={"help": "LoRA's output is scaled by alpha / rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "on LoRA's input"})
@@ -351,34 +351,47 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Hidden states h (B, T, d) of the text -> latents (B, M, z) and, for the pointer, where each one looks (B, M, T).
 
-    pointer  latent m is a weighted mean over the tokens around its place in the text: a softmax over t of
-             q_m K(x_t) + g(x_t) - sharp (m + 1/2 - M (t + 1/2) / T)^2. The same weights average the LM's own input
-             embeddings (see `LatentWire.encode`), so that the LM can read the latents before any training.
+    pointer  latent m is a weighted mean over its window of the text, by several heads: a softmax over t of
+             q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - M (t + 1/2) / T| - 1/2)^2.
+             The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
+             the LM can read the latents before any training. s starts as the token's surprise without context,
+             -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al., ICLR 2017).
+             The offsets o_h spread the heads over the window, so that a latent knows the order of what it holds; they
+             vanish as M approaches T.
     query    M learned queries cross-attend to the whole text, starting from nothing (the Q-Former's kind,
              arXiv 2301.12597).
     pool     the mean of M equal windows of the text (arXiv 2510.20797).
 
     Queries are functions of the relative position (m + 1/2) / M, not one vector per index, so M is free at run time."""
 
-    def __init__(self, kind, d, width, blocks, sharp):
+    def __init__(self, kind, d, width, blocks, sharp, vocabulary):
         super().__init__()
-        heads = width // 64
         if width % 64:
             raise UserError(f"--d_z {width} does not split into heads of 64; give a multiple of 64")
-        self.kind, self.sharp, self.heads = kind, sharp, heads
+        self.kind, self.sharp = kind, sharp
+        self.heads = max(1, width // 128) if kind == "pointer" else width // 64 if kind == "query" else 1
         self.norm, self.project, self.place = nn.LayerNorm(d), nn.Linear(d, width), nn.Linear(64, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(width, width // 64) for _ in range(blocks))
         self.final = nn.LayerNorm(width)
         self.value = nn.Linear(width, width)
         if kind != "pool":
             self.query, self.key = nn.Linear(64, width), nn.Linear(width, width, bias=False)
         if kind == "pointer":
-            self.gate = nn.Linear(width, 1, bias=False)  # a bias would cancel in the softmax
-            for start in (self.query.weight, self.query.bias, self.gate.weight):  # at first the position alone decides
+            self.gate = nn.Linear(width, self.heads, bias=False)  # a bias would cancel in the softmax
+            for start in (self.query.weight, self.query.bias, self.gate.weight):  # at first place and salience decide
                 nn.init.zeros_(start)
+            self.salience = nn.Parameter(torch.zeros(vocabulary))
 
-    def forward(self, h, mask, M):
-        """h (B, T, d), mask (B, T) bool, M (B,) latents wanted -> z (B, max M, z), attention (B, max M, T).
+    @torch.no_grad()
+    def count_tokens(self, texts):
+        """Start the pointer's salience from the token frequencies of the texts, an iterable of (T,) token ids."""
+        counts = torch.zeros(len(self.salience))
+        for text in texts:
+            counts += torch.bincount(torch.as_tensor(text).long(), minlength=len(counts))
+        self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
+
+    def forward(self, h, mask, M, ids):
+        """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T) -> z (B, max M, z), attention (B, max M, T).
         Rows past a row's own M are meaningless and never read."""
         B, T, _ = h.shape
         m = torch.arange(int(M.max()), device=h.device)
@@ -389,27 +402,32 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask[:, None, None])
         x = self.final(x)
+        split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
+        value = split(self.value(x))
         if self.kind == "query":
-            q, k, v = (y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)
-                       for y in (self.query(fourier(r)), self.key(x), self.value(x)))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+            y = F.scaled_dot_product_attention(split(self.query(fourier(r))), split(self.key(x)), value, attn_mask=mask[:, None, None])
             return y.transpose(1, 2).reshape(B, len(m), -1), None
         distance = M[:, None, None] * (r[:, :, None] - t[:, None, :])  # (B, M, T) in windows
         if self.kind == "pool":
             score = torch.where(distance.abs() <= 0.5 + 1e-4, 0.0, -1e4)
-            score = torch.maximum(score, -1e4 - distance ** 2)         # an empty window (T < M) takes the nearest token
+            score = torch.maximum(score, -1e4 - distance ** 2)[:, None]  # an empty window (T < M) takes the nearest token
         else:  # written out, not through SDPA: the weights themselves are the result
-            score = self.query(fourier(r)) @ self.key(x).transpose(1, 2) / math.sqrt(x.shape[-1])
-            score = score + self.gate(x).transpose(1, 2) - self.sharp * distance ** 2
-        attention = score.masked_fill(~mask[:, None], float("-inf")).softmax(-1)
-        return attention @ self.value(x), attention
+            q, k = split(self.query(fourier(r))), split(self.key(x))
+            offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
+            offset = offset * (1 - M[:, None] / length)                # (B, heads)
+            outside = ((distance[:, None] + offset[:, :, None, None]).abs() - 0.5 - 1e-4).clamp(min=0)  # (B, heads, M, T)
+            gate = self.gate(x).transpose(1, 2) + self.salience[ids.clamp(min=0)][:, None]              # (B, heads, T)
+            score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
+        attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+        return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1)
 
 
 class Adapter(nn.Module):
     """Latents (B, M, z) -> prefix (B, M, d) at the RMS of the LM's input embeddings.
 
-    With a readable base (B, M, d) the latents are a residual that starts at 0. Its factor rms matters: Adam's first steps
-    have the size of the learning rate whatever the gradient, and unscaled they would swamp the base."""
+    With a readable base (B, M, d), brought to that RMS (a mean of several embeddings is shorter than each), the latents are
+    a residual that starts at 0. Its factor rms matters: Adam's first steps have the size of the learning rate whatever the
+    gradient, and unscaled they would swamp the base."""
 
     def __init__(self, width, d, rms, residual):
         super().__init__()
@@ -419,10 +437,46 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.out.bias)
 
     def forward(self, z, base=None):
+        scaled = lambda v, eps: self.rms * v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
         y = self.out(z)
-        if base is not None:
-            return base + self.rms * y
-        return self.rms * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return scaled(y, 1e-6) if base is None else scaled(base, 1e-6 * self.rms ** 2) + self.rms * y
+
+
+# ------------------------------------------------------------------------------------------------
+# Payload: how latents travel
+
+WIRES = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}  # bits per value
+GROUP, SCALE_BITS = 32, 16  # integers share one scale per group
+
+
+def quantise(prefix, kind):
+    """prefix (..., d), d a multiple of 32 -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4: round
+    to nearest by absolute maximum per group of 32, int8 codes (two int4 codes to a byte) and float16 scales."""
+    if kind in ("fp32", "fp16"):
+        return prefix.to(torch.float32 if kind == "fp32" else torch.float16), None
+    largest = 2 ** (WIRES[kind] - 1) - 1
+    groups = prefix.float().unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-7).half()
+    codes = (groups / scales.float()).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
+    if kind == "int4":
+        low, high = (codes.view(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
+        codes = low | (high << 4)
+    return codes, scales.squeeze(-1)
+
+
+def dequantise(values, scales):
+    """What `quantise` made, as float32 (..., d)."""
+    if scales is None:
+        return values.float()
+    if values.dtype == torch.uint8:  # 4-bit two's complement, the low half first
+        values = torch.stack([values & 15, values >> 4], -1).flatten(-2).to(torch.int8)
+        values = torch.where(values > 7, values - 16, values)
+    return (values.unflatten(-1, (-1, GROUP)).float() * scales.float()[..., None]).flatten(-2)
+
+
+def payload_bytes(values, kind):
+    """Bytes of that many latent values on the wire, scales included."""
+    return values * WIRES[kind] // 8 + (values // GROUP * SCALE_BITS // 8 if kind.startswith("int") else 0)
 
 
 class LatentWire(nn.Module):
@@ -443,7 +497,7 @@ class LatentWire(nn.Module):
         weight = lm.get_input_embeddings().weight
         rms = weight.float().pow(2).mean().sqrt().item()
         if config.encoder != "text":
-            self.encoder = Encoder(config.encoder, d, config.d_z, config.blocks, config.sharp).to(weight.device)
+            self.encoder = Encoder(config.encoder, d, config.d_z, config.blocks, config.sharp, lm.config.vocab_size).to(weight.device)
             self.adapter = Adapter(config.d_z, d, rms, residual=config.encoder == "pointer").to(weight.device)
         if config.lora_rank:
             add_lora(lm, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
@@ -470,7 +524,7 @@ class LatentWire(nn.Module):
             h = self.lower(inputs_embeds=embeds, attention_mask=None, use_cache=False,
                            position_ids=torch.arange(context.shape[1], device=context.device)[None]).last_hidden_state
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
-        z, attention = self.encoder(h.float(), mask, M)
+        z, attention = self.encoder(h.float(), mask, M, context)
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None
         return self.adapter(z, base), attention
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from data import UserError, log, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
-         "token_budget": "Token budget", "selective": "Selective-Context", "question_only": "Question only", "text_lora": "Text, LoRA on",
-         "token_budget_lora": "Token budget, LoRA on", "selective_lora": "Selective-Context, LoRA on", "latent": "**Latents**",
+         "token_budget": "Token budget", "truncated": "Truncated context",
+         "selective": "Selective-Context", "question_only": "Question only", "text_lora": "Text, LoRA on",
+         "token_budget_lora": "Token budget, LoRA on", "truncated_lora": "Truncated context, LoRA on",
+         "selective_lora": "Selective-Context, LoRA on", "latent": "**Latents**",
          "latent_shuffled": "Latents of another context"}
 
 
@@ -69,7 +71,7 @@ class Run:
     def _rows(self):
         """{row: (scores, wall clock in s)} in the order of NAMES, then latents at other budgets."""
         m, found = self.metrics, {}
-        for row in [*NAMES, *sorted((key for key in m if "@" in key), key=lambda key: int(key.split("@")[1]))]:
+        for row in [*NAMES, *sorted((key for key in m if "@" in key), key=lambda key: key.split("@")[1].zfill(4))]:
             baseline = m.get("embedding_baselines", {}).get(row)
             if baseline:
                 wall = baseline.get("wall_clock_sec")
@@ -101,7 +103,8 @@ def score_table(run):
     lines = ["| Mode | F1 Score | EM Score | vs Text Baseline | tokens read |", "|------|----------|----------|------------------|---|"]
     for row, (s, _) in run.rows.items():
         versus = "Reference" if row == "text" else f"{100 * (s['f1'] - reference['f1']):+.1f}%" if reference else "-"
-        name = NAMES.get(row) or f"Latents, M = {row.split('@')[1]}"
+        row, _, own = row.partition("@")
+        name = NAMES[row] + (f", M = {own}" if own.isdigit() else f", {own}" if own else "")
         read = f"{s['tokens_read']:.0f}" if "tokens_read" in s else "-"
         lines.append(f"| {name} | {percent(s['f1'], s.get('f1_ci95'))} | {percent(s['em'], s.get('em_ci95'))} | {versus} | {read} |")
     return "\n".join(lines)
@@ -180,7 +183,11 @@ def markdown(run, level=1):
             out.append(f"- **Carried by the wire** (latents minus latents of another context): {100 * m['carried']:+.1f} F1 "
                        f"[{100 * m['carried_ci95'][0]:.1f}, {100 * m['carried_ci95'][1]:.1f}]")
         out += [f"- **Retention**: {r['ratio']:.2f} [{r['ci95'][0]:.2f}, {r['ci95'][1]:.2f}] of {what} ({percent(r['f1'])})" for what, r in m.get("retention", {}).items()]
-        out += [f"- **Compression**: {m['compression'][run.lm]:.1f}x, {m['latent_len']} latents", ""]
+        out += [f"- **Compression**: {m['compression'][run.lm]:.1f}x, {m['latent_len']} latents"]
+        if "text_bytes" in m.get("wire", {}):
+            bytes_of = {"text as UTF-8": m["wire"]["text_bytes"]["utf8"], "text, zlib": m["wire"]["text_bytes"]["zlib"], **m["wire"]["latent_bytes"]}
+            out.append("- **Bytes a context**: " + ", ".join(f"{what} {size / m['samples']:,.0f}" for what, size in bytes_of.items()))
+        out.append("")
         if found := collapse(run):
             out += [h(2, "Mode-collapse check"), f"- {found[2]} distinct first words in {found[3]} answers; the most frequent, {found[0]:.0%} of them, is {found[1]!r}", ""]
     if any(wall for _, wall in run.rows.values()):

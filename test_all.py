@@ -29,7 +29,7 @@ from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_p
 from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
                   read_upper, resample, row_ids)
 from losses import wire_loss
-from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, generate, load_lm, load_wire, lora_off, read_checkpoint, save_checkpoint
+from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, dequantise, generate, load_lm, load_wire, lora_off, payload_bytes, quantise, read_checkpoint, save_checkpoint
 from train import hold_out
 
 HERE = Path(__file__).parent
@@ -96,8 +96,8 @@ def test_squad_layouts(tmp_path):
     (tmp_path / "v2.json").write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}))
     with gzip.open(tmp_path / "v2.json.gz", "wt") as f:
         f.write((tmp_path / "v2.json").read_text())
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"id": "a", "context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome", "in Rome"]}) + "\n\n")
-    wanted = [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"))]
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"id": "a", "context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome", "in Rome"], "title": "t"}) + "\n\n")
+    wanted = [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"), "t")]
     for name in ("v2.json", "v2.json.gz", "lines.jsonl"):
         assert load_squad(tmp_path / name) == wanted
 
@@ -301,6 +301,21 @@ def test_controls(tiny):
     assert sorted(sum(chunks, [])) == [0, 1, 2, 3, 4] and all(len(chunk) <= 3 for chunk in chunks) and chunks[0][0] == 0
 
 
+def test_payload_round_trip_and_size():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 64) * torch.logspace(-3, 1, 15).view(3, 5, 1)
+    for kind, worst in (("fp32", 0.0), ("fp16", 1e-3), ("int8", 0.5 / 127 * 1.01 + 1e-3), ("int4", 0.5 / 7 * 1.01 + 1e-3)):
+        values, scales = quantise(x, kind)
+        back = dequantise(values, scales)
+        error = (back - x).unflatten(-1, (-1, 32)).abs().amax(-1) / x.unflatten(-1, (-1, 32)).abs().amax(-1)
+        assert error.max() <= worst, kind
+        travels = values.numel() * values.element_size() + (0 if scales is None else scales.numel() * scales.element_size())
+        assert travels == payload_bytes(x.numel(), kind)
+    assert payload_bytes(64, "int4") == 32 + 4 and dequantise(*quantise(torch.zeros(1, 32), "int4")).abs().max() == 0
+    x = torch.linspace(-1, 1, 32)[None]
+    assert dequantise(*quantise(x, "int4"))[0, [0, -1]].tolist() == pytest.approx([-1, 1], abs=1e-3)
+
+
 def test_selective_keeps_the_most_surprising_tokens_in_order(tiny):
     wire, prompt, items = make_wire(tiny)
     contexts = [items[0].context, items[7].context[:5]]
@@ -405,9 +420,21 @@ def test_pointer_starts_readable_and_local(tiny):
     prefix, attention = wire.encode(context, torch.tensor([8]))
     assert torch.allclose(attention.sum(-1), torch.ones(1, 8), atol=1e-5)
     assert torch.equal(attention[0].argmax(-1) // 5, torch.arange(8))  # latent m looks at window m
-    assert torch.allclose(prefix, attention @ lm.get_input_embeddings()(context), atol=1e-6)
+    base = attention @ lm.get_input_embeddings()(context)
+    rms = lm.get_input_embeddings().weight.pow(2).mean().sqrt()
+    assert torch.allclose(prefix, base * rms / base.pow(2).mean(-1, keepdim=True).sqrt(), atol=1e-6)
     _, all_of_them = wire.encode(context, torch.tensor([40]))          # M = T is the text itself, nearly
     assert all_of_them[0].diagonal().min() > 0.95
+
+
+def test_pointer_prefers_rare_tokens(tiny):
+    lm, _ = load_lm(tiny, device="cpu")
+    wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=2, d_z=64, lora_rank=0))
+    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])])
+    assert wire.encoder.salience[[5, 7, 9]].tolist() == pytest.approx([-math.log(p + 1e-3) for p in (0.9, 0.09, 0.01)], abs=1e-5)
+    _, attention = wire.encode(torch.tensor([[5, 7, 5, 5, 9, 7]]), torch.tensor([2]))
+    weights = 1 / (torch.tensor([0.9, 0.09, 0.9]) + 1e-3)  # within a window as 1 / (p + 0.001)
+    assert torch.allclose(attention[0, 0, :3] / attention[0, 0, :3].sum(), weights / weights.sum(), atol=1e-3)
 
 
 def test_prefix_has_the_rms_of_embeddings(tiny):
@@ -417,9 +444,9 @@ def test_prefix_has_the_rms_of_embeddings(tiny):
 
 
 def test_pool_is_the_mean_of_windows():
-    encoder = Encoder("pool", 16, 64, 0, 4.0)
+    encoder = Encoder("pool", 16, 64, 0, 40.0, 100)
     h = torch.randn(1, 12, 16)
-    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]))
+    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long())
     assert torch.allclose(attention[0], torch.eye(4).repeat_interleave(3, 1) / 3, atol=1e-6)
 
 
@@ -662,7 +689,7 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     out = tmp_path / "ev"
     first = run("eval.py", "--mode", "text,raw,anchor", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", out, "--device", "cpu", "--max_new_tokens", "6")
     assert "Reference" in first.stdout and "text " in first.stdout
-    out_all = run("eval.py", "--mode", "latent,latent_shuffled,latent@4,text_lora,adapter,token_budget,selective_lora,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
+    out_all = run("eval.py", "--mode", "latent,latent_shuffled,latent@4,latent@int4,text_lora,adapter,token_budget,selective_lora,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
                   "--out", out, "--device", "cpu", "--max_new_tokens", "6")
     assert "carried by the wire" in out_all.stdout and "chance level" in out_all.stdout and "latent@4" in out_all.stdout
     metrics = json.loads((out / "eval" / "metrics.json").read_text())
@@ -670,8 +697,8 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     assert len(records) == 12 and {"prompt", "golds", "text", "raw", "latent", "latent_shuffled", "adapter"} <= records[0].keys()  # rows of the first call are kept
     assert metrics["text"]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r["text"], r["golds"]) for r in records]))
     assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
-    assert metrics["payload_bytes"] == 12 * 8 * 64 * 4 and metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
-    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 11
+    assert metrics["payload_bytes"] == 12 * 8 * 64 * 4 and metrics["wire"]["quality"]["int4"]["bytes"] == 12 * 8 * (32 + 4) and metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
+    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 12
     preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
     if preserved.exists():
         def missing(theirs, ours, path=""):
@@ -732,7 +759,7 @@ def test_ask_answers_and_refuses(trained, tmp_path):
     (["eval.py", "--mode", "latent"], "python train.py --preset demo"),
     (["eval.py", "--mode", "text", "--data", "nowhere.json"], "nowhere.json: no such file"),
     (["eval.py", "--mode", "text", "--ckpt", "nowhere"], "no checkpoint there"),
-    (["train.py", "--preset", "magic"], "--preset magic is unknown; there are default, smoke, demo"),
+    (["train.py", "--preset", "magic"], "--preset magic is unknown; there are default, smoke, demo, squad"),
     (["train.py", "--preset", "demo", "--batch", "10", "--micro_batch", "4"], "does not split"),
     (["train.py", "--preset", "demo", "--tf", "0", "--first", "0"], "every loss weight is 0"),
 ])

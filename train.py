@@ -4,7 +4,7 @@ Train a wire: encoder, adapter and LoRA around a frozen LM.
     python train.py --preset demo                                # SmolLM2-135M on CPU, synthetic passages, 6 minutes
     torchrun --nproc_per_node=4 train.py                         # Llama-3.1-8B and SQuAD, one node with 4 GPUs
     torchrun --nproc_per_node=2 train.py --preset demo           # two CPU processes (gloo)
-    python train.py --preset demo --data train-v1.1.json.gz --out runs/squad --minutes 15
+    python train.py --preset squad --data train-v1.1.json.gz     # SmolLM2-135M on CPU, real SQuAD, an hour
     python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
 
 Every value below is a flag. Writes OUT/config.json, OUT/logs/training.log, OUT/logs/train_diagnostics.jsonl,
@@ -52,7 +52,7 @@ class Config(WireConfig):
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(4, "questions of one paragraph that share its latents in a row (context scope)")
-    ramp: float = option(0.5, "share of the run over which M falls from the context's own length: the task first, then the compression")
+    ramp: float = option(0.3, "share of the run over which M falls from the context's own length: the task first, then the compression")
     lr: float = option(1e-3, "peak learning rate of LoRA")
     encoder_lr: float = option(2e-4, "peak learning rate of the encoder and the adapter")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
@@ -67,7 +67,7 @@ class Config(WireConfig):
     K: int = option(4, "tokens of kce and kd")
     temperature: float = option(1.0, "of kd")
     # run
-    preset: str = option("default", "default, smoke or demo: sets the defaults of the other flags")
+    preset: str = option("default", "default, smoke, demo or squad: sets the defaults of the other flags")
     out: str = option("runs/default", "folder of the run")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights, order and dropout")
@@ -80,10 +80,10 @@ class Config(WireConfig):
 PRESETS = {
     "default": {},  # the recommended run of the specification
     "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
-    "demo": dict(lm="smollm2-135m", prompt="plain", data="synthetic", samples=4000, epochs=4, minutes=5.5, batch=16, lr=1e-3,
-                 lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", pack=5, ramp=0.6, first=0.5, entropy=0.0, eval_samples=50, eval_every=0,
-                 log_every=5, out="runs/demo"),
 }
+SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, pack=5, lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", first=0.5, entropy=0.0)
+PRESETS["demo"] = dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, ramp=0.6, eval_samples=50, eval_every=0, log_every=5, out="runs/demo")
+PRESETS["squad"] = dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
 
 
 def parse_config(argv=None):
@@ -277,6 +277,9 @@ def train(config, rank, world, device, dtype, why):
     per_row = config.pack if config.scope == "context" else 1  # in prompt scope no two questions share latents
     plan = lambda epoch: epoch_plan(groups, lengths, config.batch, micro, config.seed, epoch, per_row)
     total = sum(len(plan(epoch)) for epoch in range(config.epochs))
+
+    if config.encoder == "pointer":
+        wire.encoder.count_tokens(prompt.source(items[group[0]], config.scope) for group in groups)
 
     # resume
     state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
