@@ -1,10 +1,18 @@
 """
 Ask a document: its text is encoded into latents once, then every question is answered from them.
 
-    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt --question "Who won the prize?"
-    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt          # questions from the terminal, one a line
+    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt                            # questions from the terminal
+    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt --question "Who wrote it?"
+    python ask.py --ckpt ... --context FILE.txt --question "..." --inspect                 # where latents look, what they hold
+    python ask.py --ckpt ... --context FILE.txt --save doc.safetensors                     # the document as latents
+    python ask.py --ckpt ... --load doc.safetensors --question "..."                       # needs nothing of the text
+    python ask.py --ckpt ... --export DIR                                                  # the LoRA, in PEFT's layout
+
+Answers go to stdout, everything else to stderr.
 """
 import argparse
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,16 +20,25 @@ from pathlib import Path
 from data import UserError, log, run_main
 
 
-def parse_args():
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", required=True, help="checkpoint folder of a wire trained with --scope context")
-    p.add_argument("--context", required=True, help="text file, UTF-8")
-    p.add_argument("--question", help="one question; without it, questions are read one a line until end of input")
-    p.add_argument("--latents", type=int, help="M (default: the checkpoint's)")
-    p.add_argument("--ratio", type=float, help="tokens per latent, in place of --latents")
-    p.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
-    p.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
-    return p.parse_args()
+    p.add_argument("--ckpt", required=True, help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    given = p.add_argument_group("the document, one of")
+    given.add_argument("--context", help="text file (UTF-8)")
+    given.add_argument("--load", metavar="FILE", help="latents that --save wrote, with this checkpoint")
+    asked = p.add_argument_group("the question")
+    asked.add_argument("--question", help="asked once (default: read questions, one a line, from the terminal or stdin)")
+    asked.add_argument("--inspect", action="store_true", help="show what each latent looks at and holds, and what the answer rests on")
+    asked.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
+    size = p.add_argument_group("the latents")
+    size.add_argument("--latents", type=int, help="M (default: the checkpoint's)")
+    size.add_argument("--ratio", type=float, help="tokens per latent, in place of --latents")
+    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors; without --question nothing is asked")
+    size.add_argument("--wire", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="how --save stores them (default int8)")
+    other = p.add_argument_group("other")
+    other.add_argument("--export", metavar="DIR", help="write the trained LoRA in PEFT's layout and stop")
+    other.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -29,9 +46,13 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from data import PAD, Example, Prompt, pad
-from model import generate, load_lm, load_wire, read_checkpoint
+from data import PAD, Example, Prompt, pack, pad, write_atomic
+from model import (answer_logits, dequantise, embed, generate, lm_identity, load_lm, load_wire, payload_bytes, quantise,
+                   read_checkpoint)
 
 
 def printable(text):
@@ -39,17 +60,160 @@ def printable(text):
     return "".join(c if c.isprintable() else " " for c in text)
 
 
+# ------------------------------------------------------------------------------------------------
+# Latents as a file
+
+def save_latents(path, prefix, kind, saved, identity):
+    """Write a document's prefix (M, d): safetensors with `values` (and `scales`), and whose latents these are. As fp32 or
+    fp16, `values` is the plain (M, d) tensor that inference servers take as prompt embeddings."""
+    values, scales = quantise(prefix.cpu(), kind)
+    tensors = {"values": values.contiguous(), **({} if scales is None else {"scales": scales.contiguous()})}
+    about = {"format": "latentwire 1", "kind": kind, "ckpt_sha256": saved.checksum, "lm": json.dumps(identity)}
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata=about)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"--save {path}: cannot be written ({error.strerror})") from None
+
+
+def load_latents(path, saved=None, identity=None):
+    """Prefix (M, d) float32 of a file that `save_latents` wrote. With saved (a Checkpoint) and identity (of the LM), raises
+    UserError for a file that belongs to others, and always for one that is no such file."""
+    try:
+        with safe_open(path, "pt") as f:
+            about = f.metadata() or {}
+            if about.get("format") != "latentwire 1":
+                raise UserError(f"--load {path} is not a file of latents; write one with --save")
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--load {path}: cannot be read ({printable(str(error))})") from None
+    theirs = json.loads(about["lm"])
+    if identity and any(theirs[key] != identity[key] for key in identity if key != "name"):
+        raise UserError(f"--load {path} holds latents for {printable(theirs['name'])}, not for {identity['name']}")
+    if saved and about["ckpt_sha256"] != saved.checksum:
+        raise UserError(f"--load {path} was written with another checkpoint than {saved.folder}; give the --ckpt it was saved with")
+    return dequantise(tensors["values"], tensors.get("scales"))
+
+
+def export_lora(folder, wire):
+    """Write the LoRA as PEFT stores one: adapter_config.json and adapter_model.safetensors."""
+    config, folder = wire.config, Path(folder)
+    tensors = {f"base_model.model.{name[3:-2]}.lora_{name[-1]}.weight": p.detach().cpu().contiguous()
+               for name, p in wire.trainable().items() if name.startswith("lm.")}
+    if not tensors:
+        raise UserError("--export: this wire was trained without LoRA")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_atomic(folder / "adapter_config.json", json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.lm, "r": config.lora_rank, "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout, "target_modules": [f"{name}_proj" for name in config.lora_targets.split(",")], "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True}, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# Inspection
+
+SHADES = ((0, ""), (17, "·"), (18, "+"), (19, "*"), (21, "#"))  # background colour, plain mark; from hardly to most attended
+
+
+def shaded(words, weight, colour):
+    """The document's tokens, each shaded by its share of the most attended token's attention."""
+    top, out = max(weight), []
+    for word, w in zip(words, weight):
+        background, mark = SHADES[min(4, int(5 * w / top))]
+        out.append(f"\x1b[48;5;{background}m\x1b[97m{word}\x1b[0m" if colour and mark else word + ("" if colour else mark))
+    return "".join(out)
+
+
+@torch.no_grad()
+def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
+    """Print where the latents of a document look, what they hold, and what the answer to a question rests on."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    device, T = wire.lm.device, len(document)
+    words = [printable(tokenizer.decode([token])) for token in document]
+    context, count = pad([document], PAD).to(device), torch.tensor([M], device=device)
+    prefix, attention = wire.encode(context, count)
+    if attention is None:
+        raise UserError(f"--inspect needs a wire that says where it looks; this one has --encoder {wire.config.encoder}")
+    prefix, attention = prefix[0], attention[0]
+    print(f"{T} tokens in {M} latents. " + ("Shaded" if colour else "Marked · + * #") + " by how much attention a token gets from all latents:\n")
+    print(shaded(words, attention.sum(0).tolist(), colour).strip() + "\n")
+
+    table = F.normalize(wire.lm.get_input_embeddings().weight.float(), dim=-1)  # (V, d)
+    near = (F.normalize(prefix.float(), dim=-1) @ table.T).topk(4)
+    plain = wire.adapter.scaled(attention @ embed(wire.lm, context)[0].float())  # what the latent would be without its residual
+    residual = (prefix - plain).norm(dim=-1)
+    share = residual / (residual + plain.norm(dim=-1))
+    print(f"{'latent':>6}  {'looks at':<58}  {'nearest in the vocabulary (cosine)':<58}  residual")
+    for m in range(M):
+        weight, where = attention[m].topk(min(5, T))
+        looks = " ".join(f"{words[t].strip()} {w:.0%}" for w, t in zip(weight.tolist(), where.tolist()) if w > 0.04)
+        holds = " ".join(f"{printable(tokenizer.decode([t])).strip()} {c:.2f}" for c, t in zip(near.values[m].tolist(), near.indices[m].tolist()))
+        print(f"{m + 1:>6}  {looks[:58]:<58}  {holds[:58]:<58}  {share[m]:.0%}")
+
+    item = prompt.items([Example("", "", question, ("",))])[0]
+    asked = prompt.asked(item, "context")
+    row = np.concatenate([prompt.prefix(item, "context", M), asked])
+    answer = generate(wire.lm, tokenizer, [row], prefix[None], max_new_tokens)
+    said = np.array(answer.ids[0] or [prompt.end])
+    # The same answer's probability when the tokens of one latent's window are taken out of the document.
+    owner = attention.argmax(0).cpu().numpy()
+    windows = [np.flatnonzero(owner == m) for m in range(M)]
+    windows = [window for window in windows if 0 < len(window) < T]
+    texts = [document] + [np.delete(document, window) for window in windows]
+    counts = [wire.count(len(text), M) for text in texts]
+    prefixes = wire.encode(pad(texts, PAD).to(device), torch.tensor(counts, device=device))[0]
+    batch = pack([(prompt.prefix(item, "context", m), [(asked, said)]) for m in counts], texts, counts).to(device)
+    logp = -F.cross_entropy(answer_logits(wire.lm, batch, prefixes).float(), batch.label, reduction="none")
+    logp = torch.zeros(len(texts), device=device).index_add(0, batch.owner, logp).tolist()
+    first = np.concatenate([prompt.pre, prompt.head, document[:M], asked])
+    cut = generate(wire.lm, tokenizer, [first], None, max_new_tokens).answers[0]
+    print(f"\nquestion  {printable(question)}\nanswer    {printable(answer.answers[0])}   (log-probability {logp[0]:.2f})")
+    print(f"          {printable(cut)}   from the first {M} tokens of the text instead of {M} latents")
+    print("\nwithout these words the answer's log-probability falls by")
+    for drop, window in sorted(((logp[0] - p, window) for p, window in zip(logp[1:], windows)), key=lambda pair: -pair[0])[:5]:
+        print(f"{drop:>8.2f}  {''.join(words[t] for t in window).strip()}")
+
+
+# ------------------------------------------------------------------------------------------------
+
+def read_text(path):
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--context {path}: cannot be read as UTF-8 text ({error})") from None
+    if not text:
+        raise UserError(f"--context {path} is empty")
+    return text
+
+
+def questions():
+    """The one of --question, or lines from the terminal or a pipe."""
+    if args.question is not None:
+        yield args.question
+        return
+    while True:
+        if sys.stdin.isatty():
+            print("? ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line
+
+
 @torch.no_grad()
 def main():
-    try:
-        text = Path(args.context).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--context {args.context}: cannot be read as UTF-8 text ({error})") from None
-    if not text:
-        raise UserError(f"--context {args.context} is empty")
-    for option in ("latents", "ratio"):
+    for option in ("latents", "ratio", "max_new_tokens"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
+    if not args.export and bool(args.context) == bool(args.load):
+        raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
+    if args.inspect and (args.load or args.question is None):
+        raise UserError("--inspect needs the text (--context) and a --question")
+    text = read_text(args.context) if args.context else None
     saved = read_checkpoint(args.ckpt)
     if saved.config.scope != "context":
         raise UserError(f"--ckpt {args.ckpt} puts the question into its latents (--scope prompt); a document that is asked many "
@@ -57,35 +221,34 @@ def main():
     lm, tokenizer = load_lm(saved.config.lm, device=args.device)
     wire = load_wire(saved, lm).eval()
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
-    began = time.perf_counter()
-    document = prompt.items([Example("", text, "", ("",))])[0]
-    M = wire.count(len(document.context), args.latents, args.ratio)
-    context = pad([document.context], PAD).to(lm.device)
-    prefix, _ = wire.encode(context, torch.tensor([M], device=lm.device))
-    prompt.report_cuts(args.context)
-    d = lm.config.hidden_size
-    log(f"{len(document.context)} tokens -> {M} latents ({len(document.context) / M:.1f}x), {len(text.encode('utf-8'))} bytes of text, "
-        f"{M * d * 2} bytes of latents in fp16, encoded in {time.perf_counter() - began:.2f} s")
-
-    interactive = args.question is None and sys.stdin.isatty()
-    while True:
+    if args.export:
+        export_lora(args.export, wire)
+        return log(f"LoRA of {args.ckpt} written to {args.export}")
+    if args.load:
+        prefix = load_latents(args.load, saved, lm_identity(lm)).to(lm.device)[None]
+        log(f"{args.load}: {prefix.shape[1]} latents, {Path(args.load).stat().st_size:,} bytes")
+    else:
+        began = time.perf_counter()
+        document = prompt.items([Example("", text, "", ("",))])[0].context
+        M = wire.count(len(document), args.latents, args.ratio)
+        if args.inspect:
+            return inspect(wire, tokenizer, prompt, document, args.question, M, args.max_new_tokens)
+        prefix, _ = wire.encode(pad([document], PAD).to(lm.device), torch.tensor([M], device=lm.device))
+        prompt.report_cuts(args.context)
+        log(f"{len(document)} tokens -> {M} latents ({len(document) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "
+            f"{payload_bytes(prefix.numel(), args.wire):,} bytes of latents in {args.wire}, encoded in {time.perf_counter() - began:.2f} s")
+    if args.save:
+        save_latents(args.save, prefix[0], args.wire, saved, lm_identity(lm))
+        log(f"saved to {args.save}")
         if args.question is None:
-            if interactive:
-                print("? ", end="", file=sys.stderr, flush=True)
-            question = sys.stdin.readline()
-            if not question:
-                return
-        else:
-            question = args.question
-        if question.strip():
-            began = time.perf_counter()
-            asked = prompt.items([Example("", "", question, ("",))])[0]  # the document is in the latents
-            row = np.concatenate([prompt.prefix(asked, "context", M), prompt.asked(asked, "context")])
-            answer = generate(lm, tokenizer, [row], prefix, args.max_new_tokens).answers[0]
-            print(printable(answer), flush=True)
-            log(f"  ({time.perf_counter() - began:.2f} s)")
-        if args.question is not None:
             return
+    for question in questions():
+        began = time.perf_counter()
+        asked = prompt.items([Example("", "", question, ("",))])[0]  # the document is in the latents
+        row = np.concatenate([prompt.prefix(asked, "context", prefix.shape[1]), prompt.asked(asked, "context")])
+        answer = generate(lm, tokenizer, [row], prefix, args.max_new_tokens).answers[0]
+        print(printable(answer), flush=True)
+        log(f"  ({time.perf_counter() - began:.2f} s)")
 
 
 if __name__ == "__main__":

@@ -436,10 +436,13 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
+    def scaled(self, x):
+        """x (..., d) at that RMS."""
+        return self.rms * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12)
+
     def forward(self, z, base=None):
-        scaled = lambda v, eps: self.rms * v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps)
         y = self.out(z)
-        return scaled(y, 1e-6) if base is None else scaled(base, 1e-6 * self.rms ** 2) + self.rms * y
+        return self.scaled(y) if base is None else self.scaled(base) + self.rms * y
 
 
 # ------------------------------------------------------------------------------------------------

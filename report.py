@@ -1,8 +1,11 @@
 """
-Look at a run: write RUN/README.md, the run in one page, computed from its files.
+Look at a run: write RUN/README.md, the run in one page, and RUN/report.html, with curves and every prediction.
 
     python report.py runs/squad                              # also while it is still training
+    python report.py runs/squad runs/demo                    # side by side: RUN/comparison.html and a table
     python report.py runs/squad --preserve preserved_data    # a copy to keep: logs, scores, 200 predictions, checkpoint
+
+The curves need matplotlib (pip install matplotlib); without it the page keeps its tables.
 
 It reads RUN/config.json, logs/train_diagnostics.jsonl, eval/metrics.json, eval/predictions.jsonl and
 eval/metrics_history.jsonl, each of them if it is there, and the runs that the specification preserved.
@@ -27,7 +30,7 @@ NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor emb
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", help="folder of a run, e.g. runs/demo")
+    p.add_argument("runs", nargs="+", help="folder of a run, e.g. runs/demo; several are compared")
     p.add_argument("--preserve", metavar="FOLDER", help="copy what is worth keeping to FOLDER/YYYY-MM-DD_name and list it in FOLDER/README.md")
     p.add_argument("--name", help="of the preserved copy (default: the run's)")
     return p.parse_args(argv)
@@ -291,16 +294,189 @@ CC BY-SA 4.0.
 """
 
 
+# ------------------------------------------------------------------------------------------------
+# The page
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2430; --dim: #667; --line: #d5dae2; --paper: #fff; --good: #17774a; --bad: #a8322a; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e3e7ee; --dim: #99a; --line: #3a4150; --paper: #161a21; --good: #5cc690; --bad: #f08d84; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1080px; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { white-space: nowrap; } #list td { white-space: normal; overflow-wrap: anywhere; } th { color: var(--dim); font-weight: 500; }
+figure { margin: 1rem 0; background: #fff; border-radius: 6px; } svg { max-width: 100%; height: auto; display: block; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1rem; } .charts figure { margin: 0; }
+.right { color: var(--good); } .wrong { color: var(--bad); } .dim { color: var(--dim); } input, select { font: inherit; padding: .3rem; max-width: 100%; }
+#list details { border-bottom: 1px solid var(--line); padding: .4rem 0; } #list summary { cursor: pointer; } #list p { color: var(--dim); }
+"""
+
+SCRIPT = """
+const all = JSON.parse(document.getElementById('data').textContent), list = document.getElementById('list');
+const word = document.getElementById('word'), only = document.getElementById('only'), count = document.getElementById('count');
+const add = (parent, tag, text, cls) => { const e = parent.appendChild(document.createElement(tag)); e.textContent = text; if (cls) e.className = cls; return e; };
+function show() {
+  list.replaceChildren();
+  const wanted = all.filter(p => JSON.stringify(p).toLowerCase().includes(word.value.toLowerCase())
+    && (only.value === 'all' || p.right === (only.value === 'right')));
+  count.textContent = wanted.length + ' of ' + all.length;
+  for (const p of wanted.slice(0, 200)) {
+    const d = add(list, 'details', '');
+    const s = add(d, 'summary', p.question + ' ');
+    add(s, 'span', p.main, p.right ? 'right' : 'wrong');
+    add(d, 'p', p.context);
+    const t = add(d, 'table', '');
+    for (const [name, text, ok] of p.rows) { const r = add(t, 'tr', ''); add(r, 'th', name); add(r, 'td', text, ok === null ? '' : ok ? 'right' : 'wrong'); }
+  }
+}
+word.addEventListener('input', show); only.addEventListener('change', show); show();
+"""
+
+
+def figures(runs):
+    """SVG charts of one run, or of several on the same axes: the curves, and for one run its rows and its budgets. An empty
+    list without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        log("notice: no curves, matplotlib is not installed (pip install matplotlib)")
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False, "font.size": 11})
+    found = []
+
+    def chart(title, y, series, x="questions seen"):
+        """series: [(label, xs, ys, (lows, highs) or None)]"""
+        series = [s for s in series if len(s[1])]
+        if not series:
+            return
+        fig, ax = plt.subplots(figsize=(6.4, 3.6))
+        for label, xs, ys, band in series:
+            line, = ax.plot(xs, ys, label=label, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4)
+            if band:
+                ax.fill_between(xs, *band, alpha=0.2, color=line.get_color(), linewidth=0)
+        ax.set(title=title, xlabel=x, ylabel=y)
+        if len(series) > 1 or len(runs) > 1:
+            ax.legend(frameon=False)
+        found.append(svg(fig))
+
+    def svg(fig):
+        import io
+        out = io.StringIO()
+        fig.tight_layout()
+        fig.savefig(out, format="svg", metadata={"Date": None})
+        plt.close(fig)
+        return out.getvalue()[out.getvalue().index("<svg"):]
+
+    label = lambda run, part="": " ".join(filter(None, [run.folder.resolve().name if len(runs) > 1 else "", part])) or part
+    at = lambda run: [record.get("samples_seen", record["global_step"]) for record in run.steps]
+    inner = lambda run, key: [record["models"][run.lm].get(key) for record in run.steps]
+    parts = [(run, key) for run in runs for key in ("tf", "first", "kce", "kd", "entropy_loss", "recall") if any(v for v in inner(run, key))]
+    chart("Loss parts", "nats", [(label(run, key), at(run), inner(run, key), None) for run, key in parts])
+    chart("First-token accuracy", "share", [(label(run, name), at(run), inner(run, key), None) for run in runs
+                                            for key, name in (("first_acc", "top 1"), ("first_acc_top5", "top 5")) if run.steps])
+    for key, title, y in (("prediction_diversity", "Distinct first tokens", "per question"), ("attention_entropy", "Attention entropy of a latent", "nats")):
+        chart(title, y, [(label(run), at(run), [record[key] for record in run.steps], None) for run in runs if run.steps and run.steps[0].get(key) is not None])
+    series = []
+    for run in runs:
+        dev = [record for record in run.history if record.get("kind") == "train" and "f1" in record]
+        series.append((label(run), [r["samples_seen"] for r in dev], [100 * r["f1"] for r in dev], [[100 * r["f1_ci95"][i] for r in dev] for i in (0, 1)]))
+    chart("F1 on the dev slice, 95% interval", "percent", series)
+    if len(runs) == 1 and runs[0].rows:
+        rows = list(runs[0].rows.items())[::-1]
+        fig, ax = plt.subplots(figsize=(6.4, 0.8 + 0.36 * len(rows)))
+        for y, (row, (s, _)) in enumerate(rows):
+            low, high = s.get("f1_ci95") or (s["f1"], s["f1"])
+            ax.barh(y, 100 * s["f1"], color="#c2410c" if row.startswith("latent") and "shuffled" not in row else "#94a3b8",
+                    xerr=[[100 * max(0, s["f1"] - low)], [100 * max(0, high - s["f1"])]], error_kw={"linewidth": 1, "capsize": 3})
+        ax.set(title="F1 of every row, 95% interval", xlabel="percent")
+        ax.set_yticks(range(len(rows)), [row for row, _ in rows])
+        found.append(svg(fig))
+        sizes = sorted((int(row.split("@")[1]), s) for row, (s, _) in runs[0].rows.items() if row.startswith("latent@") and row.split("@")[1].isdigit())
+        if sizes:
+            tokens = runs[0].metrics["avg_prompt_tokens"][runs[0].lm]
+            chart("Quality against compression", "F1, percent", [("latents", [tokens / M for M, _ in sizes], [100 * s["f1"] for _, s in sizes],
+                  [[100 * s["f1_ci95"][i] for _, s in sizes] for i in (0, 1)])], x="prompt tokens per latent")
+    return found
+
+
+def html_table(head, rows):
+    import html
+    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+    return f"<div class=wide><table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table></div>"
+
+
+def predictions_json(run):
+    """What the list of predictions shows, as JSON that may stand inside a page."""
+    from eval import exact_match
+    records = []
+    for record in run.predictions:
+        rows = [row for row in run.rows if row in record]
+        main = "latent" if "latent" in record else rows[0] if rows else None
+        context, _, question = record["prompt"].rpartition("\nQuestion: ")
+        right = {row: bool(exact_match(record[row], record["golds"])) for row in rows}
+        records.append({"question": question.split("\n")[0], "context": context, "main": record[main] if main else "", "right": right.get(main, False),
+                        "rows": [["gold", " | ".join(dict.fromkeys(record["golds"])), None], *([row, record[row], right[row]] for row in rows)]})
+    return json.dumps(records, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def page(runs):
+    """The runs as one self-contained HTML page."""
+    import html
+    title = " and ".join(run.folder.resolve().name for run in runs)
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if len(runs) == 1:
+        run, = runs
+        reference = run.rows.get("text", (None,))[0]
+        body += ["<h2>Rows</h2>", html_table(
+            ["row", "F1", "EM", "vs text", "NLL / token", "tokens read", "seconds"],
+            [[row, percent(s["f1"], s.get("f1_ci95")), percent(s["em"], s.get("em_ci95")),
+              f"{100 * (s['f1'] - reference['f1']):+.1f}" if reference else "", f"{s['nll_token']:.2f}" if "nll_token" in s else "",
+              f"{s['tokens_read']:.0f}" if "tokens_read" in s else "", f"{wall:.1f}" if wall else ""] for row, (s, wall) in run.rows.items()])
+            if run.rows else "<p>Not evaluated yet.</p>"]
+        body += ["<h2>What to change next</h2><ol>", *(f"<li>{html.escape(line)}</li>" for line in advice(run)), "</ol>"]
+    else:
+        body += ["<h2>F1</h2>", html_table(*comparison(runs))]
+    charts = figures(runs)
+    body.append("<h2>Curves</h2><div class=charts>" + "".join(f"<figure>{chart}</figure>" for chart in charts) + "</div>" if charts
+                else "<p class=dim>No curves: matplotlib is not installed.</p>")
+    if len(runs) == 1 and runs[0].predictions:
+        body += ["<h2>Predictions</h2><p><input id=word type=search placeholder='filter by any word' aria-label='filter'> ",
+                 "<select id=only aria-label='which'><option value=all>all<option value=right>right<option value=wrong>wrong</select> <span id=count class=dim></span></p>",
+                 f"<div id=list></div><script type='application/json' id=data>{predictions_json(runs[0])}</script><script>{SCRIPT}</script>"]
+    if len(runs) == 1 and runs[0].config:
+        body += ["<h2>Configuration</h2>", html_table(["flag", "value"], [[f"--{key}", value] for key, value in runs[0].config.items()])]
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'><link rel=icon href='data:,'>"
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(body)}</html>\n")
+
+
+def comparison(runs):
+    """(head, rows) of a table: F1 of every row of every run."""
+    names = list(dict.fromkeys(row for run in runs for row in run.rows))
+    return (["row", *(run.folder.resolve().name for run in runs)],
+            [[row, *(percent(run.rows[row][0]["f1"], run.rows[row][0].get("f1_ci95")) if row in run.rows else "-" for run in runs)] for row in names])
+
+
 def main():
-    run = Run(args.run)
-    if args.preserve:
+    runs = [Run(folder) for folder in args.runs]
+    run = runs[0]
+    if len(runs) > 1:
+        if args.preserve:
+            raise UserError("--preserve takes one run")
+        head, rows = comparison(runs)
+        print("\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]))
+        write_atomic(run.folder / "comparison.html", page(runs))
+        log(f"written: {run.folder / 'comparison.html'}")
+    elif args.preserve:
         kept = preserve(run, args.preserve, args.name or run.folder.resolve().name)
         write_atomic(kept / "README.md", markdown(Run(kept)))
         write_atomic(Path(args.preserve) / "README.md", index(Path(args.preserve)))
         log(f"kept in {kept}, listed in {args.preserve}/README.md")
     else:
         write_atomic(run.folder / "README.md", markdown(run))
-        log(f"written: {run.folder / 'README.md'}")
+        write_atomic(run.folder / "report.html", page(runs))
+        log(f"written: {run.folder / 'README.md'}, {run.folder / 'report.html'}")
 
 
 if __name__ == "__main__":

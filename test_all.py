@@ -25,6 +25,7 @@ import torch.nn as nn
 import data
 import model
 import report
+from ask import load_latents
 from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
 from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
                   read_upper, resample, row_ids)
@@ -751,6 +752,51 @@ def test_ask_answers_and_refuses(trained, tmp_path):
     assert typed.returncode == 0 and len(typed.stdout.splitlines()) == 2
     (tmp_path / "empty.txt").write_text(" ")
     assert "is empty" in run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "empty.txt", code=2).stderr
+
+
+@pytest.mark.slow
+def test_a_saved_document_answers_without_its_text(tiny, trained, tmp_path):
+    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. She works as a baker. Carl Dorn was born in Oslo.")
+    ask = ["ask.py", "--ckpt", trained / "ckpt" / "best", "--device", "cpu", "--max_new_tokens", "5"]
+    question = ["--question", "Where was Anna born?"]
+    said = run(*ask, "--context", tmp_path / "doc.txt", "--save", tmp_path / "doc.safetensors", "--wire", "fp32", *question)
+    assert run(*ask, "--load", tmp_path / "doc.safetensors", *question).stdout == said.stdout
+    assert load_latents(tmp_path / "doc.safetensors").shape == (8, 64)  # the plain (M, d) tensor
+    assert b"Anna" not in (tmp_path / "doc.safetensors").read_bytes()
+    shutil.copytree(trained / "ckpt" / "best", tmp_path / "other")
+    wire = load_wire(read_checkpoint(tmp_path / "other"), load_lm(tiny, device="cpu")[0])
+    with torch.no_grad():
+        wire.adapter.out.bias.add_(0.1)
+    save_checkpoint(tmp_path / "other", wire)
+    refused = run("ask.py", "--ckpt", tmp_path / "other", "--load", tmp_path / "doc.safetensors", *question, "--device", "cpu", code=2)
+    assert "was written with another checkpoint" in refused.stderr
+    saved = read_checkpoint(trained / "ckpt" / "best")
+    with pytest.raises(UserError, match="holds latents for"):
+        load_latents(tmp_path / "doc.safetensors", saved, {**saved.identity, "embedding_sha256": "0"})
+    (tmp_path / "doc.safetensors").write_bytes(b"not latents")
+    assert "cannot be read" in run(*ask, "--load", tmp_path / "doc.safetensors", *question, code=2).stderr
+    assert "either --context" in run(*ask, *question, code=2).stderr
+
+
+@pytest.mark.slow
+def test_inspect_shows_every_latent(trained, tmp_path):
+    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. \x1b[31mShe works as a baker.")
+    out = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Where was Anna born?", "--inspect", "--device", "cpu")
+    assert "\x1b" not in out.stdout and "log-probability" in out.stdout and "without these words" in out.stdout
+    assert sum(line.rstrip().endswith("%") for line in out.stdout.splitlines()) == 8  # a line a latent
+
+
+@pytest.mark.slow
+def test_exported_lora_is_the_same_in_peft(tiny, trained, tmp_path):
+    peft = pytest.importorskip("peft")
+    run("ask.py", "--ckpt", trained / "ckpt" / "best", "--export", tmp_path / "lora", "--device", "cpu")
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        ours = load_wire(read_checkpoint(trained / "ckpt" / "best"), load_lm(tiny, device="cpu")[0]).eval().lm(ids).logits
+        plain, _ = load_lm(tiny, device="cpu")
+        unchanged = plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora")).eval()(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, unchanged, atol=1e-2)
 
 
 @pytest.mark.slow
