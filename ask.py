@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import PAD, Example, Prompt, pack, pad, write_atomic
+from data import PAD, Example, Prompt, pack, pad, whole, write_atomic
 from model import (answer_logits, dequantise, embed, generate, lm_identity, load_lm, load_wire, payload_bytes, quantise,
                    read_checkpoint)
 
@@ -192,7 +192,7 @@ def read_text(path):
 def questions():
     """The one of --question, or lines from the terminal or a pipe."""
     if args.question is not None:
-        yield args.question
+        yield whole(args.question)
         return
     while True:
         if sys.stdin.isatty():
@@ -232,7 +232,7 @@ def main():
         document = prompt.items([Example("", text, "", ("",))])[0].context
         M = wire.count(len(document), args.latents, args.ratio)
         if args.inspect:
-            return inspect(wire, tokenizer, prompt, document, args.question, M, args.max_new_tokens)
+            return inspect(wire, tokenizer, prompt, document, whole(args.question), M, args.max_new_tokens)
         prefix, _ = wire.encode(pad([document], PAD).to(lm.device), torch.tensor([M], device=lm.device))
         prompt.report_cuts(args.context)
         log(f"{len(document)} tokens -> {M} latents ({len(document) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "

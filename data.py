@@ -49,10 +49,11 @@ def log(message):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Run a script's main(): a UserError, or a file that the system refuses, becomes one line and exit code 2, Ctrl-C exit
+    code 130."""
     try:
         sys.exit(main())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -61,10 +62,18 @@ def run_main(main):
 
 
 def append_line(path, text):
-    """Add a line to a log. Whoever reads it drops a last line without its end: a killed process may leave one."""
+    """Add a line to a log, on a line of its own even where a killed process or a full disk left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(text + "\n")
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            text = text if f.read(1) == b"\n" else "\n" + text
+        f.write((text + "\n").encode("utf-8"))
+
+
+def whole(text):
+    """Lone surrogates, which JSON can spell but UTF-8 cannot, become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def write_atomic(path, text):
@@ -130,6 +139,8 @@ def load_squad(source, split="train"):
         log(f"notice: {path.name}: left out {unanswerable} questions without an answer")
     if not examples:
         raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
+    if "\\u" in text or "\\U" in text:  # only an escape can spell a lone surrogate
+        examples = [Example(*map(whole, (e.id, e.context, e.question)), tuple(map(whole, e.answers)), whole(e.title)) for e in examples]
     return examples
 
 

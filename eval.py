@@ -399,7 +399,7 @@ def main():
         metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
         "samples": n, "max_new_tokens": args.max_new_tokens, "latent_len": M, "device": device.type, "dtype": str(dtype),
-        "dataset": args.data, "lm": name, "fingerprint": fingerprint,
+        "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed, **provenance(),
         "avg_prompt_tokens": {name: float(np.mean([len(prompt.text(item)) for item in items]))},
         "debug": {name: {"latent_anchor_text": tokenizer.decode(prompt.anchor)},
                   "settings": {"latent_anchor_mode": "text", "latent_anchor_text": "Answer:", "prefix_gain": 1.0,
@@ -479,6 +479,19 @@ def draw_short(items, args):
         raise UserError(f"--max_context_tokens {args.max_context_tokens}: no context is that short; raise it")
     log(f"notice: {len(items) - len(short)} of {len(items)} questions have longer contexts and are left out")
     return random.Random(args.seed).sample(short, min(args.samples, len(short)))
+
+
+def provenance():
+    """What made these numbers: package versions, git commit and command line."""
+    import platform
+    import subprocess
+    from importlib.metadata import version
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}},
+            "git_commit": commit or None, "argv": sys.argv[1:]}
 
 
 def data_checksum(items):

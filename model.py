@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data import CACHE, LATENT, PAD, UserError, log, pad, write_atomic
@@ -591,7 +592,8 @@ def check_config(config):
 #            manifest.json        SHA-256 of each of the files above
 #
 # It is written under another name, every file synced to disk, then renamed: a folder with the right name is whole. The
-# one before it steps aside as NAME.old first, so that at any moment one of the two is there. No file holds code.
+# one before it steps aside as NAME.old first, so that at any moment one of the two is there, and stays there as a reserve
+# against damage. No file holds code.
 
 @dataclass
 class Checkpoint:
@@ -607,6 +609,18 @@ def save_checkpoint(folder, wire, tensors=None, state=None):
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
+    try:
+        _write_checkpoint(part, wire, tensors, state)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written ({error})") from None
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(part, folder)
+
+
+def _write_checkpoint(part, wire, tensors, state):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
     save_file({name: p.detach().cpu().contiguous() for name, p in wire.trainable().items()}, part / "model.safetensors")
     write_atomic(part / "config.json", json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
@@ -619,11 +633,6 @@ def save_checkpoint(folder, wire, tensors=None, state=None):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sha256(path):
@@ -652,6 +661,18 @@ def read_checkpoint(folder):
         raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
 
 
+def read_last_good(folder):
+    """`read_checkpoint` of a folder, or, with a notice, of the one before it where this one is damaged."""
+    try:
+        return read_checkpoint(folder)
+    except UserError as error:
+        old = folder.with_name(folder.name + ".old")
+        if not old.exists():
+            raise
+        log(f"notice: {error}. Going on from the one before it, {old}")
+        return read_checkpoint(old)
+
+
 def load_wire(saved, lm):
     """LatentWire of a Checkpoint around lm. Raises UserError for weights that belong to another LM."""
     mine = lm_identity(lm)
@@ -666,7 +687,11 @@ def load_wire(saved, lm):
 
 def load_trained(wire, folder):
     """Copy a checkpoint's weights into the wire. Raises UserError when names or shapes differ."""
-    weights, wanted = load_file(Path(folder) / "model.safetensors"), wire.trainable()
+    wanted = wire.trainable()
+    try:
+        weights = load_file(Path(folder) / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))
         if have != want:

@@ -4,6 +4,7 @@ model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad
 """
 import functools
 import gzip
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -30,7 +31,8 @@ from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_p
 from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
                   read_upper, resample, row_ids)
 from losses import wire_loss
-from model import Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, dequantise, generate, load_lm, load_wire, lora_off, payload_bytes, quantise, read_checkpoint, save_checkpoint
+from model import (Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, dequantise, generate, load_lm, load_trained, load_wire, lora_off, payload_bytes,
+                   quantise, read_checkpoint, read_last_good, save_checkpoint)
 from train import hold_out
 
 HERE = Path(__file__).parent
@@ -590,6 +592,126 @@ def test_an_interrupted_swap_leaves_the_previous_checkpoint(tiny, tmp_path, monk
     assert read_checkpoint(tmp_path / "ck").checksum == before
 
 
+def test_any_damage_is_noticed(tiny, tmp_path):
+    """200 random damages to a checkpoint's files: one clear line or the right weights, never wrong ones, never a traceback."""
+    import random
+    wire, _, _ = make_wire(tiny)
+    right = {name: p.detach().clone() for name, p in wire.trainable().items()}
+    save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 1})
+    rng, refused = random.Random(0), 0
+    for number in range(200):
+        folder = tmp_path / f"bad{number}"
+        shutil.copytree(tmp_path / "good", folder)
+        victim = folder / rng.choice(["model.safetensors", "config.json", "manifest.json", "optimizer.safetensors", "state.json"])
+        blob, kind = bytearray(victim.read_bytes()), rng.choice(["flip", "cut", "empty", "missing", "junk"])
+        if kind == "flip":
+            blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            blob = blob[:rng.randrange(len(blob))]
+        elif kind == "empty":
+            blob = b""
+        elif kind == "junk":
+            blob = rng.randbytes(rng.randrange(1, 400))
+        victim.write_bytes(blob)
+        if kind == "missing":
+            victim.unlink()
+        try:
+            saved = read_checkpoint(folder)
+            load_trained(wire, saved.folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        assert all(torch.equal(right[name], p) for name, p in wire.trainable().items()), (victim, kind)
+        shutil.rmtree(folder)
+    assert refused >= 195  # a flipped bit may leave the manifest's spacing another but valid one
+
+
+def test_damaged_last_checkpoint_falls_back(tiny, tmp_path, capsys):
+    wire, _, _ = make_wire(tiny)
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "last", wire, {"x": torch.zeros(1)}, {"step": step})
+    assert read_last_good(tmp_path / "last").folder == tmp_path / "last"
+    (tmp_path / "last" / "model.safetensors").write_bytes(b"")
+    saved = read_last_good(tmp_path / "last")
+    assert json.loads((saved.folder / "state.json").read_text())["step"] == 1 and "is damaged" in capsys.readouterr().err
+    (tmp_path / "last.old" / "state.json").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        read_last_good(tmp_path / "last")
+
+
+def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
+    import pickle
+    wire, _, _ = make_wire(tiny)
+    save_checkpoint(tmp_path / "ck", wire)
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    bomb = pickle.dumps(Bomb())
+    (tmp_path / "ck" / "model.safetensors").write_bytes(bomb)
+    manifest = {**json.loads((tmp_path / "ck" / "manifest.json").read_text()), "model.safetensors": hashlib.sha256(bomb).hexdigest()}
+    (tmp_path / "ck" / "manifest.json").write_text(json.dumps(manifest))  # its author is the attacker: the checksums fit
+    with pytest.raises(UserError, match="damaged"):
+        load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
+    assert not (tmp_path / "exploded").exists()
+    for script in ("data.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
+        text = (HERE / script).read_text()
+        assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_leaves_the_checkpoint_before_it(tiny, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        wire, _, _ = make_wire(tiny, d_z=64)
+        save_checkpoint(disk / "last", wire)
+        before = read_checkpoint(disk / "last").checksum
+        with torch.no_grad():
+            wire.adapter.out.bias.add_(1)
+        with pytest.raises(OSError, match="cannot be written"):
+            save_checkpoint(disk / "last", wire, {"big": torch.zeros(2_000_000)}, {"step": 2})
+        assert read_checkpoint(disk / "last").checksum == before and not (disk / "last.part").exists()
+        save_checkpoint(disk / "last", wire)  # and goes on once there is room
+        assert read_checkpoint(disk / "last").checksum != before
+    finally:
+        subprocess.run(["umount", disk])
+
+
+def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
+    """500 fuzzed questions and contexts through the loader, the prompt, a loss and an answer."""
+    from hypothesis import HealthCheck, given, settings, strategies as st
+    wire, prompt, _ = make_wire(tiny)
+    odd = st.one_of(st.text(max_size=80), st.sampled_from(["", "\0", "\ud800", "<|im_end|>", "<|endoftext|>", "\u202eabc", "\U0001f600" * 9, "...", "\x1b[31m", "a " * 900]),
+                    st.text(alphabet=st.characters(exclude_categories=()), max_size=40))
+
+    @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(context=odd, question=odd, answer=odd)
+    def check(context, question, answer):
+        (tmp_path / "x.jsonl").write_text(json.dumps({"context": context, "question": question, "answers": [answer]}))
+        try:
+            item, = prompt.items(load_data(str(tmp_path / "x.jsonl")))
+            if not len(item.context):
+                return
+            assert not set(item.context.tolist()) & {0, 1, 2}  # no control token of the LM, whatever is typed
+            loss, _, _ = wire.loss(collate(prompt, [[item]], "context", wire.count), {"tf": 1.0, "first": 1.0})
+            assert torch.isfinite(loss)
+        except UserError as error:
+            assert "\n" not in str(error)
+    check()
+
+
+def test_batch_size_does_not_change_an_answer(tiny):
+    wire, prompt, _ = make_wire(tiny)
+    items = prompt.items(synthetic("dev", 40))
+    results = [evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items, wire, batch=size, max_new_tokens=8) for size in (1, 7, 64, 64)]
+    assert all(result["ids"] == results[0]["ids"] for result in results)
+    assert results[1]["nll_token"] == pytest.approx(results[0]["nll_token"], abs=1e-5) and results[2]["nll_token"] == results[3]["nll_token"]
+
+
 # ------------------------------------------------------------------------------------------------
 # train.py, eval.py, ask.py as a user runs them
 
@@ -611,7 +733,8 @@ def weights_of(folder):
 
 
 def diagnostics_of(folder):
-    return [json.loads(line) for line in open(Path(folder) / "logs" / "train_diagnostics.jsonl")]
+    with open(Path(folder) / "logs" / "train_diagnostics.jsonl") as f:
+        return [json.loads(line) for line in f if line.endswith("}\n")]
 
 
 @pytest.fixture(scope="session")
@@ -667,6 +790,66 @@ def test_ten_steps_that_are_not_finite_stop_the_run(tiny, tmp_path):
     out = run("train.py", "--lm", tiny, *FLAGS, "--lr", "1e30", "--out", tmp_path / "run", code=2)
     assert "step skipped (10 so far)" in out.stderr and out.stderr.strip().splitlines()[-1].startswith("error: ten steps in a row")
     assert not (tmp_path / "run" / "ckpt" / "last").exists()  # nothing was saved over a good one
+
+
+@pytest.mark.slow
+def test_killed_anywhere_ends_the_same(tiny, tmp_path):
+    """SIGKILL at 25 random moments, also while a checkpoint is written: the same weights bit for bit, every step logged once."""
+    import random
+    rng, out, one_thread = random.Random(1), tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["train.py", "--lm", tiny, *FLAGS, "--samples", "480", "--save_every", "1"]
+    run(*command, "--out", tmp_path / "whole", env=one_thread)
+    steps = lambda: len(diagnostics_of(out)) if (out / "logs" / "train_diagnostics.jsonl").exists() else 0
+    for kill in range(25):
+        process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out), "--resume"], cwd=HERE, stderr=subprocess.PIPE, text=True, env=one_thread)
+        before, moment = steps(), rng.choice(["start", "step", "write"])
+        if moment == "start":
+            time.sleep(rng.random() * 8)
+        else:
+            while process.poll() is None and steps() <= before and not (moment == "write" and (out / "ckpt" / "last.part").exists()):
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.02)
+        process.send_signal(signal.SIGKILL)
+        assert "Traceback" not in process.communicate()[1]
+    assert 5 < steps() < 60  # it was killed on the way, not before or after
+    run(*command, "--out", out, "--resume", env=one_thread)
+    a, b = weights_of(tmp_path / "whole"), weights_of(out)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [r["global_step"] for r in diagnostics_of(out)] == [r["global_step"] for r in diagnostics_of(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused(tiny, tmp_path):
+    command = ["train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", tmp_path / "run"]
+    first = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not (tmp_path / "run" / "logs" / "train_diagnostics.jsonl").exists():
+        time.sleep(0.05)
+    second = run(*command, "--resume", code=2)
+    assert f"is in use by process {first.pid}" in second.stderr
+    first.kill()
+    first.wait()
+    run(*command[:-3], "1", "--out", tmp_path / "run", "--resume")  # its lock went with it
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path):
+    """One of two gloo processes is killed: the other one ends with one clear line; the run goes on from the checkpoint."""
+    flags = [*FLAGS, "--epochs", "50", "--save_every", "2", "--out", str(tmp_path / "run"), "--timeout", "0.5"]
+    with __import__("socket").socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *flags], cwd=HERE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+    while both[0].poll() is None and not (tmp_path / "run" / "ckpt" / "last").exists():
+        time.sleep(0.05)
+    both[1].kill()
+    _, said = both[0].communicate(timeout=90)
+    both[1].communicate()
+    assert both[0].returncode == 2 and said.strip().splitlines()[-1].startswith("error: process 0 lost another one") and "Traceback" not in said
+    step = json.loads((tmp_path / "run" / "ckpt" / "last" / "state.json").read_text())["step"]
+    again = run("train.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", "--resume")
+    assert f"at step {step} of" in again.stderr
 
 
 @pytest.mark.slow

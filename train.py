@@ -11,6 +11,7 @@ Every value below is a flag. Writes OUT/config.json, OUT/logs/training.log, OUT/
 OUT/eval/metrics_history.jsonl, OUT/ckpt/last and OUT/ckpt/best (by dev F1).
 """
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, run_main, write_atomic
 from eval import evaluate_row, summary
-from model import LatentWire, WireConfig, budgets, load_lm, load_trained, pick_device, read_checkpoint, save_checkpoint
+from model import LatentWire, WireConfig, budgets, load_lm, load_trained, pick_device, read_last_good, save_checkpoint
 
 
 def option(default, text):
@@ -74,6 +75,7 @@ class Config(WireConfig):
     log_every: int = option(10, "steps")
     eval_every: int = option(200, "steps between evaluations on the dev slice; 0: at the end alone")
     save_every: int = option(50, "steps between writes of ckpt/last")
+    timeout: float = option(15.0, "minutes that a process waits for another before it gives up")
     device: str = option("", "cuda or cpu (default: a GPU where there is one)")
 
 
@@ -235,16 +237,45 @@ def main():
     # DDP: torchrun sets these
     rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device, dtype, why = pick_device(config.device or None)
+    lock = claim(Path(config.out)) if rank == 0 else None
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
     try:
         return train(config, rank, world, device, dtype, why)
+    except RuntimeError as error:
+        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError(f"process {rank} lost another one ({str(error).splitlines()[0][:120]}); nothing after {config.out}/ckpt/last is kept: go on "
+                            "with --resume, which torchrun --max_restarts=3 does by itself") from None
+        raise
     finally:
+        if lock:
+            lock.close()
         if world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def claim(out):
+    """Lock a run's folder for this process and return the open file; the lock goes with the process, however it ends.
+    Raises UserError while another process has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a+")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another --out") from None
+    except OSError:
+        return lock  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
 def train(config, rank, world, device, dtype, why):
@@ -284,7 +315,7 @@ def train(config, rank, world, device, dtype, why):
     # resume
     state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
     if found:
-        saved = read_checkpoint(last)
+        saved = read_last_good(last)
         load_trained(wire, saved.folder)
         restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
         state = json.loads((saved.folder / "state.json").read_text(encoding="utf-8"))
@@ -296,11 +327,20 @@ def train(config, rank, world, device, dtype, why):
         write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         keep_steps(logs / "train_diagnostics.jsonl", state["step"])
 
+    def keep(what, write, *given):
+        """Write something; a full disk or a folder that became read-only must not end the training. True if it is written."""
+        try:
+            write(*given)
+            return True
+        except OSError as error:
+            bar.write(f"warning: {what} not written, training goes on: {error}", file=sys.stderr)
+            return False
+
     def note(text):
         """To the terminal and to training.log, from the first process."""
         if master:
             bar.write(text, file=sys.stderr)
-            append_line(logs / "training.log", text)
+            keep("training.log", append_line, logs / "training.log", text)
 
     from tqdm import tqdm
     bar = tqdm(total=total, initial=state["step"], unit="step", disable=not master, dynamic_ncols=True)
@@ -316,8 +356,7 @@ def train(config, rank, world, device, dtype, why):
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "entropy")}
 
     def save():
-        if master:
-            save_checkpoint(last, wire, optimizer_tensors(optimizer, wire), state)
+        return not master or keep("ckpt/last", save_checkpoint, last, wire, optimizer_tensors(optimizer, wire), state)
 
     def evaluate():
         """Dev F1 of the latents; keeps the best checkpoint."""
@@ -326,13 +365,12 @@ def train(config, rank, world, device, dtype, why):
         wire.train()
         record = {"kind": "train", "tag": out.name, "global_step": state["step"], "samples_seen": state["seen"], "n": len(dev), **scores,
                   "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
-        append_line(out / "eval" / "metrics_history.jsonl", json.dumps(record))
+        keep("metrics_history.jsonl", append_line, out / "eval" / "metrics_history.jsonl", json.dumps(record))
         low, high = scores["f1_ci95"]
         note(f"step {state['step']}: dev latent F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM {100 * scores['em']:.1f}, "
              f"{scores['distinct_first_words']} distinct first words of {len(dev)}")
-        if scores["f1"] > state["best_f1"]:
+        if scores["f1"] > state["best_f1"] and keep("ckpt/best", save_checkpoint, out / "ckpt" / "best", wire):
             state["best_f1"] = scores["f1"]
-            save_checkpoint(out / "ckpt" / "best", wire)
 
     stopping = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -398,13 +436,13 @@ def train(config, rank, world, device, dtype, why):
                     record = {"epoch": state["epoch"], "global_step": state["step"], "epoch_step": state["epoch_step"], "samples_seen": state["seen"],
                               "grad_norm": norm.item(), "lr": config.lr * factor, "sec_per_step": seconds / config.log_every,
                               "samples_per_sec": questions / seconds, "skipped_steps": state["skipped"], **record, **memory()}
-                    append_line(logs / "train_diagnostics.jsonl", json.dumps(record))
+                    keep("train_diagnostics.jsonl", append_line, logs / "train_diagnostics.jsonl", json.dumps(record))
                     inner, (word, count) = record["models"][name], record["dominant_predictions"][0]
                     line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
                             f"M {int(batch.latents.max())} {questions / seconds:.1f} q/s")
                     left = f" {max(0.0, config.minutes - state['elapsed'] / 60):.1f} min left" if config.minutes else ""
                     bar.set_postfix_str(line + left)
-                    append_line(logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
+                    keep("training.log", append_line, logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
                     if count > 0.9 * questions and questions >= 32:
                         note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
             if state["step"] % config.save_every == 0 and not state["skipped_in_a_row"]:
@@ -417,7 +455,8 @@ def train(config, rank, world, device, dtype, why):
             done = state["epoch"] >= config.epochs
             continue
         if stop:
-            save()
+            if not save():
+                raise UserError(f"stopped by signal at step {state['step']} and not saved; the last checkpoint that is whole is in {out}/ckpt")
             note(f"stopped by signal at step {state['step']}, saved; go on with --resume")
             return 130 if signal.SIGINT in stopping else 0
         done = True
@@ -426,8 +465,9 @@ def train(config, rank, world, device, dtype, why):
         save()
         if master:
             evaluate()
-        state["finished"] = True
-        save()
+        state["finished"] = state["best_f1"] >= 0 or not master
+        if not save() or not state["finished"]:
+            raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
     bar.close()
     log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best")
 
