@@ -10,13 +10,12 @@ questions cost more or less time than the base's is run a second time for the ba
 comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
 Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from data import UserError, log, run_main, write_atomic
+from data import Parser, UserError, log, run_main, write_atomic
 
 CELLS = {  # name: what train.py gets beside the recipe
     "base": "",
@@ -39,7 +38,7 @@ OTHER_COST = ("text", "prompt scope", "M = 64", "kd 0.5")  # these take another 
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     add = p.add_argument
     add("--data", default="squad", help="squad (default), synthetic, or the training file")
     add("--eval_data", default="squad", help="squad (default), synthetic, or the file whose questions are answered")

@@ -10,18 +10,17 @@ Ask a document: its text is encoded into latents once, then every question is an
 
 Answers go to stdout, everything else to stderr.
 """
-import argparse
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
-from data import UserError, log, run_main
+from data import Parser, UserError, log, run_main
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--ckpt", required=True, help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     given = p.add_argument_group("the document, one of")
     given.add_argument("--context", help="text file (UTF-8)")

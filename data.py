@@ -13,6 +13,8 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
 `pre` and `post` are what a chat template puts around the user's text (plain prompts: the tokenizer's BOS, nothing).
 Shapes are written with B rows, T context tokens, M latents, S tokens of a row, A answer tokens.
 """
+import argparse
+import difflib
 import gzip
 import hashlib
 import json
@@ -40,6 +42,26 @@ SYSTEM = "You answer questions about the given context. Reply with the shortest 
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line that names the bad value and the fix."""
+
+
+def nearest(flag, known):
+    """A hint for a mistyped flag: "; did you mean --latents?", or nothing."""
+    near = difflib.get_close_matches(flag.split("=")[0], known, 1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's manners: the docstring as it is, defaults in --help, one line for a mistake."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2]
+            message = f"{flag} is not a flag of {self.prog}" + nearest(flag, list(self._option_string_actions))
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def log(message):

@@ -21,7 +21,6 @@ Evaluate: answer the same questions through every row, and say what each costs.
 
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
-import argparse
 import json
 import re
 import string
@@ -32,33 +31,36 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import UserError, log, run_main
+from data import Parser, UserError, log, run_main
 
 PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "question_only")
 TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "latent", "latent_shuffled", "adapter")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--mode", default="all", help=f"rows, comma-separated, out of {', '.join(PLAIN + TRAINED)}, or all (default)")
-    add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
-    add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
+    p = Parser(__doc__)
+    add = p.add_argument_group("what is answered").add_argument
     add("--data", default="synthetic", help="squad, synthetic (default), or a .json, .json.gz or .jsonl file")
     add("--split", default="dev", help="dev (default) or train, of squad and synthetic")
     add("--samples", type=int, default=200, help="questions, drawn with the seed (default 200)")
     add("--seed", type=int, default=0, help="of the draw (default 0)")
     add("--max_context_tokens", type=int, help="leave out questions whose context is longer")
-    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else 1024)")
+    add = p.add_argument_group("by which row, LM and wire").add_argument
+    add("--mode", default="all", help=f"rows, comma-separated, out of {', '.join(PLAIN + TRAINED)}, or all (default)")
+    add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
+    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else 1024)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each context, in place of --latents")
     add("--wire", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how the latents travel to the LM (default fp32)")
     add("--upper", help="run of a wire trained with --encoder text and evaluated on the same questions: prints the retention")
+    add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
+    add("--json", action="store_true", help="print metrics.json in place of the table")
     return p.parse_args(argv)
 
 
@@ -426,14 +428,12 @@ def main():
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
-    print(f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, M = {M}")
-    print(table(metrics, name))
+    lines = [f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, M = {M}", table(metrics, name)]
     if args.data == "synthetic":
-        print(f"chance level, a random fact of the right kind out of the passage: F1 {100 * synthetic_chance(examples):.1f}")
-    for line in compare(metrics, records, upper):
-        print(line)
+        lines.append(f"chance level, a random fact of the right kind out of the passage: F1 {100 * synthetic_chance(examples):.1f}")
+    lines += compare(metrics, records, upper) + [f"written to {out / 'eval'}"]
+    print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
     write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    print(f"written to {out / 'eval'}")
 
 
 def read_upper(folder, fingerprint):

@@ -14,10 +14,12 @@ import json
 import math
 import os
 import shutil
+import socket
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.nn as nn
@@ -90,9 +92,10 @@ def load_lm(name, dtype=None, device=None):
             raise UserError(f"--lm {name}: the folder has no config.json; give a folder written by save_pretrained")
     elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise UserError(f"--lm {name}: no such folder")
+    cached = {"local_files_only": True} if not Path(source).exists() and _offline() else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(source, **cached)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa", **cached)
         lm = lm.to(default_device)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"--lm {name} does not fit into memory; take a smaller model or a larger device") from None
@@ -107,6 +110,18 @@ def load_lm(name, dtype=None, device=None):
         lm.generation_config.pad_token_id = tokenizer.eos_token_id
     lm.name = str(name)
     return lm.requires_grad_(False).eval(), tokenizer
+
+
+def _offline():
+    """Whether the hub's name does not resolve: then its client would retry for a minute before it says so."""
+    from transformers.utils.hub import HUGGINGFACE_CO_RESOLVE_ENDPOINT as ENDPOINT
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return False  # the proxy resolves it
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return True
+    return False
 
 
 def _why_not_loaded(name, error):

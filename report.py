@@ -10,7 +10,6 @@ The curves need matplotlib (pip install matplotlib); without it the page keeps i
 It reads RUN/config.json, logs/train_diagnostics.jsonl, eval/metrics.json, eval/predictions.jsonl and
 eval/metrics_history.jsonl, each of them if it is there, and the runs that the specification preserved.
 """
-import argparse
 import json
 import math
 import shutil
@@ -18,7 +17,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import UserError, log, run_main, write_atomic
+from data import Parser, UserError, log, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
          "token_budget": "Token budget", "truncated": "Truncated context",
@@ -29,7 +28,7 @@ NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor emb
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("runs", nargs="+", help="folder of a run, e.g. runs/demo; several are compared")
     p.add_argument("--preserve", metavar="FOLDER", help="copy what is worth keeping to FOLDER/YYYY-MM-DD_name and list it in FOLDER/README.md")
     p.add_argument("--name", help="of the preserved copy (default: the run's)")

@@ -13,7 +13,7 @@
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row. About 12 minutes the first time; interrupted, it goes on where it was.
-#   bash run_hpc.sh test     installs into .venv and runs every test, about 8 minutes on 2 cores.
+#   bash run_hpc.sh test     installs into .venv and runs every test, about 10 minutes on 2 cores.
 #   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
 #                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,query
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
@@ -66,7 +66,7 @@ What is there now:
   $out/ckpt/best                the trained wire (the language model itself is not in it)
 Next:
   .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt
-  .venv/bin/python train.py --preset demo --data train-v1.1.json.gz --out runs/squad --minutes 15
+  .venv/bin/python train.py --preset squad     # real SQuAD, an hour; --data FILE for a local copy
 END
   ;;
 ablate)

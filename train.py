@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, run_main, write_atomic
+from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, run_main, write_atomic
 from eval import evaluate_row, summary
 from model import LatentWire, WireConfig, budgets, load_lm, load_trained, pick_device, read_last_good, save_checkpoint
 
@@ -91,13 +91,15 @@ PRESETS["squad"] = dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_eve
 def parse_config(argv=None):
     from transformers import HfArgumentParser
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Config, description=__doc__.strip().split("\n")[0])
+    parser = HfArgumentParser(Config, description=__doc__.strip().split("\n")[0], allow_abbrev=False)
     preset = next((argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--preset"), "default")
     preset = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--preset=")), preset)
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[preset])
-    config = parser.parse_args_into_dataclasses(args=argv)[0]
+    config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0], list(parser._option_string_actions)))
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
