@@ -114,11 +114,10 @@ def load_lm(name, dtype=None, device=None):
 
 def _offline():
     """Whether the hub's name does not resolve: then its client would retry for a minute before it says so."""
-    from transformers.utils.hub import HUGGINGFACE_CO_RESOLVE_ENDPOINT as ENDPOINT
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return False  # the proxy resolves it
     try:
-        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname, None)
     except OSError:
         return True
     return False
