@@ -50,8 +50,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import PAD, Example, Prompt, pack, pad, whole, write_atomic
-from model import (answer_logits, dequantise, embed, generate, lm_identity, load_lm, load_wire, payload_bytes, quantise,
-                   read_checkpoint)
+from lm import answer_logits, embed, generate, lm_identity, load_lm
+from model import dequantise, load_wire, payload_bytes, quantise, read_checkpoint
 
 
 def printable(text):

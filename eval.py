@@ -72,8 +72,8 @@ import torch
 import torch.nn.functional as F
 
 from data import PAD, Prompt, append_line, load_data, pad, synthetic_chance, write_atomic
-from model import (GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, embed, generate, load_lm, load_wire, lora_off, payload_bytes, pick_device,
-                   quantise, read_checkpoint)
+from lm import embed, generate, load_lm, lora_off, pick_device
+from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, read_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------

@@ -24,15 +24,15 @@ import torch
 import torch.nn as nn
 
 import data
-import model
 import report
 from ask import load_latents
 from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
 from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
                   read_upper, resample, row_ids)
+from lm import LoRALinear, answer_logits, generate, lm_identity, load_lm, lora_off
 from losses import wire_loss
-from model import (Adapter, Encoder, LatentWire, LoRALinear, WireConfig, answer_logits, budgets, dequantise, generate, load_lm, load_trained, load_wire, lora_off, payload_bytes,
-                   quantise, read_checkpoint, read_last_good, save_checkpoint)
+from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, payload_bytes, quantise,
+                   read_checkpoint, read_last_good, save_checkpoint)
 from train import hold_out
 
 HERE = Path(__file__).parent
@@ -251,10 +251,10 @@ def test_lm_is_frozen_and_identity_tells_models_apart(tiny, tmp_path):
     lm, tokenizer = load_lm(tiny, device="cpu")
     assert not any(p.requires_grad for p in lm.parameters()) and not lm.training and lm.config._attn_implementation == "sdpa"
     half, _ = load_lm(tiny, dtype=torch.bfloat16, device="cpu")
-    assert model.lm_identity(lm) == model.lm_identity(half)
+    assert lm_identity(lm) == lm_identity(half)
     with torch.no_grad():
         lm.get_input_embeddings().weight[0, 0] += 1
-    assert model.lm_identity(lm) != model.lm_identity(half)
+    assert lm_identity(lm) != lm_identity(half)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no config.json"):
         load_lm(str(tmp_path / "empty"), device="cpu")
@@ -655,7 +655,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
     assert not (tmp_path / "exploded").exists()
-    for script in ("data.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
+    for script in ("data.py", "lm.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
         text = (HERE / script).read_text()
         assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
 

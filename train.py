@@ -32,7 +32,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, run_main, write_atomic
 from eval import evaluate_row, summary
-from model import LatentWire, WireConfig, budgets, load_lm, load_trained, pick_device, read_last_good, save_checkpoint
+from lm import load_lm, pick_device
+from model import LatentWire, WireConfig, budgets, load_trained, read_last_good, save_checkpoint
 
 
 def option(default, text):
