@@ -26,6 +26,7 @@ from data import PAD, UserError, log, write_atomic
 from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
+CHUNK, OVERLAP = 1024, 128  # tokens that the frozen layers of the encoder read at once, and how many of them twice
 FORMAT = 1  # of the checkpoint folder; a newer one is refused
 
 
@@ -248,15 +249,26 @@ class LatentWire(nn.Module):
         ratio = self.config.ratio if M is None and ratio is None else ratio
         return budget(length, M or max(budgets(self.config)), ratio)
 
+    @torch.no_grad()  # frozen layers keep no graph
+    def hidden(self, embeds):
+        """Input embeddings (B, T, d) -> hidden states after the first k layers of the plain LM. A long text goes through them
+        in chunks that overlap, since their attention is what grows with the square of T."""
+        parts, T = [], embeds.shape[1]
+        with lora_off(self.lm):
+            for start in range(0, max(1, T - OVERLAP), CHUNK - OVERLAP):
+                chunk = embeds[:, start:start + CHUNK]
+                h = self.lower(inputs_embeds=chunk, attention_mask=None, use_cache=False,
+                               position_ids=torch.arange(chunk.shape[1], device=chunk.device)[None]).last_hidden_state
+                parts.append(h[:, OVERLAP if start else 0:])
+        return torch.cat(parts, 1)
+
     def encode(self, context, M):
         """context (B, T) token ids, PAD right; M (B,) -> prefix (B, max M, d), attention (B, max M, T) or None."""
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
             return embeds, None
-        with torch.no_grad(), lora_off(self.lm):  # frozen layers keep no graph
-            h = self.lower(inputs_embeds=embeds, attention_mask=None, use_cache=False,
-                           position_ids=torch.arange(context.shape[1], device=context.device)[None]).last_hidden_state
+        h = self.hidden(embeds)
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
         z, attention = self.encoder(h.float(), mask, M, context)
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None

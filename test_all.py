@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 
 import data
+import model
 import report
 from ask import load_latents
 from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
@@ -414,6 +415,21 @@ def test_padding_never_changes_a_latent(tiny, kind):
     assert torch.allclose(together[0, :count[0]], alone[0], atol=1e-5)
     few, _ = wire.encode(pad([short[:3]], PAD), torch.tensor([wire.count(3)]))  # fewer tokens than latents
     assert few.shape[1] == 3 and torch.isfinite(few).all()
+
+
+def test_long_texts_go_through_the_frozen_layers_in_chunks(tiny, monkeypatch):
+    wire, _, _ = make_wire(tiny)
+    embeds = wire.lm.get_input_embeddings()(torch.randint(3, 1000, (2, 37)))
+    whole = wire.hidden(embeds)
+    monkeypatch.setattr(model, "CHUNK", 16)
+    monkeypatch.setattr(model, "OVERLAP", 4)
+    for T in (1, 3, 15, 16, 17, 28, 29, 37):
+        chunked = wire.hidden(embeds[:, :T])
+        assert chunked.shape == (2, T, 64)
+        assert torch.allclose(chunked[:, :16], whole[:, :min(T, 16)], atol=1e-5)
+    with lora_off(wire.lm):  # tokens 16.. see from token 12 on
+        second = wire.lower(inputs_embeds=embeds[:, 12:28], use_cache=False).last_hidden_state[:, 4:]
+    assert torch.allclose(chunked[:, 16:28], second, atol=1e-5)
 
 
 def test_pointer_starts_readable_and_local(tiny):
