@@ -353,7 +353,9 @@ def figures(runs):
         fig, ax = plt.subplots(figsize=(6.4, 3.6))
         for label, xs, ys, band in series:
             line, = ax.plot(xs, ys, label=label, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4)
-            if band:
+            if band and len(xs) == 1:
+                ax.errorbar(xs, ys, [[ys[0] - band[0][0]], [band[1][0] - ys[0]]], color=line.get_color(), capsize=3)
+            elif band:
                 ax.fill_between(xs, *band, alpha=0.2, color=line.get_color(), linewidth=0)
         ax.set(title=title, xlabel=x, ylabel=y)
         if len(series) > 1 or len(runs) > 1:

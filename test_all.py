@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -813,7 +814,7 @@ def test_killed_anywhere_ends_the_same(tiny, tmp_path):
     """SIGKILL at 25 random moments, also while a checkpoint is written: the same weights bit for bit, every step logged once."""
     import random
     rng, out, one_thread = random.Random(1), tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["train.py", "--lm", tiny, *FLAGS, "--samples", "480", "--save_every", "1"]
+    command = ["train.py", "--lm", tiny, *FLAGS, "--samples", "2000", "--save_every", "1"]
     run(*command, "--out", tmp_path / "whole", env=one_thread)
     steps = lambda: len(diagnostics_of(out)) if (out / "logs" / "train_diagnostics.jsonl").exists() else 0
     for kill in range(25):
@@ -827,7 +828,7 @@ def test_killed_anywhere_ends_the_same(tiny, tmp_path):
             time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         assert "Traceback" not in process.communicate()[1]
-    assert 5 < steps() < 60  # it was killed on the way, not before or after
+    assert 5 < steps() < len(diagnostics_of(tmp_path / "whole"))  # it was killed on the way, not before or after
     run(*command, "--out", out, "--resume", env=one_thread)
     a, b = weights_of(tmp_path / "whole"), weights_of(out)
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -851,7 +852,7 @@ def test_a_folder_in_use_is_refused(tiny, tmp_path):
 def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path):
     """One of two gloo processes is killed: the other one ends with one clear line; the run goes on from the checkpoint."""
     flags = [*FLAGS, "--epochs", "50", "--save_every", "2", "--out", str(tmp_path / "run"), "--timeout", "0.5"]
-    with __import__("socket").socket() as free:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     both = [subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *flags], cwd=HERE, stderr=subprocess.PIPE, text=True,

@@ -240,24 +240,22 @@ def main():
     # DDP: torchrun sets these
     rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device, dtype, why = pick_device(config.device or None)
-    lock = claim(Path(config.out)) if rank == 0 else None
-    if device.type == "cuda":
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
-    try:
-        return train(config, rank, world, device, dtype, why)
-    except RuntimeError as error:
-        if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise UserError(f"process {rank} lost another one ({str(error).splitlines()[0][:120]}); nothing after {config.out}/ckpt/last is kept: go on "
-                            "with --resume, which torchrun --max_restarts=3 does by itself") from None
-        raise
-    finally:
-        if lock:
-            lock.close()
-        if world > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    with contextlib.ExitStack() as stack:  # what is closed however this ends, so that an error is the last line
+        if rank == 0:
+            stack.enter_context(claim(Path(config.out)))
+        if device.type == "cuda":
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+        if world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
+            stack.callback(dist.destroy_process_group)
+        try:
+            return train(config, rank, world, device, dtype, why, stack)
+        except RuntimeError as error:
+            if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise UserError(f"process {rank} lost another one ({str(error).splitlines()[0][:120]}); nothing after {config.out}/ckpt/last is kept: "
+                                "go on with --resume, which torchrun --max_restarts=3 does by itself") from None
+            raise
 
 
 def claim(out):
@@ -281,7 +279,7 @@ def claim(out):
     return lock
 
 
-def train(config, rank, world, device, dtype, why):
+def train(config, rank, world, device, dtype, why, stack):
     out, master = Path(config.out), rank == 0
     last = out / "ckpt" / "last"
     found = last.exists() or last.with_name("last.old").exists()
@@ -346,7 +344,7 @@ def train(config, rank, world, device, dtype, why):
             keep("training.log", append_line, logs / "training.log", text)
 
     from tqdm import tqdm
-    bar = tqdm(total=total, initial=state["step"], unit="step", disable=not master, dynamic_ncols=True)
+    bar = stack.enter_context(tqdm(total=total, initial=state["step"], unit="step", disable=not master, dynamic_ncols=True))
     note(f"{name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} process(es)")
     note(f"trainable {sum(p.numel() for p in trainable.values()):,}, frozen {sum(p.numel() for p in lm.parameters() if not p.requires_grad):,}")
     note(f"{len(items)} questions on {len(groups)} contexts, {len(dev)} dev; {total} steps of {config.batch} questions, micro-batches of {micro}")
@@ -421,7 +419,6 @@ def train(config, rank, world, device, dtype, why):
                 state["skipped"], state["skipped_in_a_row"] = state["skipped"] + 1, state["skipped_in_a_row"] + 1
                 note(f"step {state['step'] + 1}: gradient norm {norm.item()}, step skipped ({state['skipped']} so far)")
                 if state["skipped_in_a_row"] == 10:
-                    bar.close()  # else it redraws itself below the error
                     raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {last}. Lower --lr")
             optimizer.zero_grad(set_to_none=True)
             state.update(step=state["step"] + 1, epoch_step=state["epoch_step"] + 1, seen=state["seen"] + asked)
