@@ -979,6 +979,16 @@ def test_a_saved_document_answers_without_its_text(tiny, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_readmes_python_runs(trained, tmp_path):
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. She works as a baker.")
+    code = code.replace("runs/demo/ckpt/best", str(trained / "ckpt" / "best")).replace("FILE.txt", str(tmp_path / "doc.txt"))
+    out = run("-c", code)
+    asked = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Who designed the bridge?")
+    assert out.stdout.strip() == asked.stdout.strip()
+
+
+@pytest.mark.slow
 def test_inspect_shows_every_latent(trained, tmp_path):
     (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. \x1b[31mShe works as a baker.")
     out = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Where was Anna born?", "--inspect", "--device", "cpu")
