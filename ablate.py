@@ -5,7 +5,7 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
     python ablate.py --data train-v1.1.json.gz --eval_data dev-v1.1.json.gz  # the same from files
     python ablate.py --cells base,query,pool                                 # some of the cells
 
-Every cell trains on the same questions in the same order with the same seed, then answers the same questions. A cell whose
+Every cell trains on the same questions with the same seed (packed by paragraph; prompt scope cannot pack), then answers the same questions. A cell whose
 questions cost more or less time than the base's is run a second time for the base's wall clock, so that the table has both
 comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
 Writes OUT/table.md and OUT/<cell>/ (a run each).
@@ -54,15 +54,18 @@ def run_cell(name, flags, out):
     """Train and evaluate one cell, as far as that is not done yet."""
     folder = out / name.replace(" ", "_").replace("=", "")
     state = folder / "ckpt" / "last" / "state.json"
+    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text())["samples"] != args.samples:
+        raise UserError(f"{folder} was trained with another --samples; give another --out")
     if not (state.exists() and json.loads(state.read_text())["finished"]):
         call("train.py", "--preset", args.preset, "--data", args.data, "--samples", args.samples, "--epochs", 1, "--eval_samples", 25,
              "--eval_every", 0, "--resume", "--out", folder, *flags.split())
     metrics = folder / "eval" / "metrics.json"
-    if not (metrics.exists() and "latent" in json.loads(metrics.read_text())):
-        rows = "latent,latent_shuffled,anchor,text_lora,truncated_lora,selective_lora" if name == "base" else "latent"
-        if name == "elastic":
-            rows = "latent,latent@8,latent@16,latent@32,latent@64"
-        call("eval.py", "--mode", rows, "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
+    rows = {"base": ["latent", "latent_shuffled", "anchor", "text_lora", "truncated_lora", "selective_lora"],
+            "elastic": ["latent", "latent@8", "latent@16", "latent@32", "latent@64"]}.get(name, ["latent"])
+    found = json.loads(metrics.read_text()) if metrics.exists() else {}
+    todo = [row for row in rows if row not in found and row not in found.get("embedding_baselines", {})]
+    if todo or found["samples"] != args.eval_samples:
+        call("eval.py", "--mode", ",".join(todo or rows), "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
     return folder
 
 

@@ -73,8 +73,8 @@ def save_latents(path, prefix, kind, saved, identity):
         part.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, metadata=about)
         os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"--save {path}: cannot be written ({error.strerror})") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--save {path}: cannot be written ({error})") from None
 
 
 def load_latents(path, saved=None, identity=None):
@@ -134,8 +134,8 @@ def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
     words = [printable(tokenizer.decode([token])) for token in document]
     context, count = pad([document], PAD).to(device), torch.tensor([M], device=device)
     prefix, attention = wire.encode(context, count)
-    if attention is None:
-        raise UserError(f"--inspect needs a wire that says where it looks; this one has --encoder {wire.config.encoder}")
+    if wire.config.encoder != "pointer":
+        raise UserError(f"--inspect needs a wire that says where it looks, --encoder pointer; this one has --encoder {wire.config.encoder}")
     prefix, attention = prefix[0], attention[0]
     print(f"{T} tokens in {M} latents. " + ("Shaded" if colour else "Marked · + * #") + " by how much attention a token gets from all latents:\n")
     print(shaded(words, attention.sum(0).tolist(), colour).strip() + "\n")
@@ -193,6 +193,7 @@ def questions():
     if args.question is not None:
         yield whole(args.question)
         return
+    sys.stdin.reconfigure(errors="replace")
     while True:
         if sys.stdin.isatty():
             print("? ", end="", file=sys.stderr, flush=True)
@@ -200,7 +201,7 @@ def questions():
         if not line:
             return
         if line.strip():
-            yield line
+            yield whole(line)
 
 
 @torch.no_grad()
@@ -230,10 +231,10 @@ def main():
         began = time.perf_counter()
         document = prompt.items([Example("", text, "", ("",))])[0].context
         M = wire.count(len(document), args.latents, args.ratio)
+        prompt.report_cuts(args.context)
         if args.inspect:
             return inspect(wire, tokenizer, prompt, document, whole(args.question), M, args.max_new_tokens)
         prefix, _ = wire.encode(pad([document], PAD).to(lm.device), torch.tensor([M], device=lm.device))
-        prompt.report_cuts(args.context)
         log(f"{len(document)} tokens -> {M} latents ({len(document) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "
             f"{payload_bytes(prefix.numel(), args.wire):,} bytes of latents in {args.wire}, encoded in {time.perf_counter() - began:.2f} s")
     if args.save:
@@ -243,6 +244,9 @@ def main():
             return
     for question in questions():
         began = time.perf_counter()
+        if len(prompt.tokenize(question)) > saved.config.max_prompt_tokens // 2:
+            log(f"error: this question of {len(question):,} characters is too long, half of the prompt is the most")
+            continue
         asked = prompt.items([Example("", "", question, ("",))])[0]  # the document is in the latents
         row = np.concatenate([prompt.prefix(asked, "context", prefix.shape[1]), prompt.asked(asked, "context")])
         answer = generate(lm, tokenizer, [row], prefix, args.max_new_tokens).answers[0]

@@ -14,6 +14,7 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
 Shapes are written with B rows, T context tokens, M latents, S tokens of a row, A answer tokens.
 """
 import argparse
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -24,6 +25,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +80,11 @@ def run_main(main):
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a smaller model", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -91,6 +98,17 @@ def append_line(path, text):
             f.seek(-1, os.SEEK_END)
             text = text if f.read(1) == b"\n" else "\n" + text
         f.write((text + "\n").encode("utf-8"))
+
+
+def read_lines(path):
+    """The objects of a .jsonl log, without what a killed process or a full disk left half written."""
+    records = []
+    if path.exists():
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(json.JSONDecodeError):
+                    records.append(json.loads(line))
+    return records
 
 
 def whole(text):
@@ -153,7 +171,7 @@ def load_squad(source, split="train"):
             text = f.read()
     except EOFError:
         raise UserError(f"{path} is a truncated gzip file; copy or download it again") from None
-    except (gzip.BadGzipFile, UnicodeDecodeError, OSError) as error:
+    except (zlib.error, UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     is_lines = path.name.removesuffix(".gz").endswith(".jsonl")
     examples, unanswerable = (_read_jsonl if is_lines else _read_squad_json)(path, text)
@@ -179,6 +197,8 @@ def _read_squad_json(path, text):
             for p, paragraph in enumerate(article["paragraphs"]):
                 for qa in paragraph["qas"]:
                     answers = tuple(answer["text"] for answer in qa["answers"])
+                    if not all(isinstance(value, str) for value in (paragraph["context"], qa["question"], *answers)):
+                        raise TypeError
                     if qa.get("is_impossible") or not answers:
                         unanswerable += 1
                     else:
@@ -324,7 +344,7 @@ def synthetic(split, samples, seed=0):
 
 
 def synthetic_chance(examples):
-    """How often (0..1) a reader is right who picks one of the passage's facts of the right kind: 1 / people in it."""
+    """How often (0..1, exact match) a reader is right who picks one of the passage's facts of the right kind: 1 / people in it."""
     def people(context):
         return sum(bool(re.search(rf"\b{first} [A-Z]", context)) for names in FIRST.values() for first in names)
     return float(np.mean([1 / people(example.context) for example in examples]))
@@ -354,9 +374,12 @@ class Prompt:
             if not getattr(tokenizer, "chat_template", None):
                 raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt plain")
             user = "\u241fuser\u241f"  # marks where the user's text goes in the rendered template
-            rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}],
-                                                     tokenize=False, add_generation_prompt=True)
-            before, after = rendered.split(user)
+            try:
+                rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}],
+                                                         tokenize=False, add_generation_prompt=True)
+                before, after = rendered.split(user)
+            except Exception as error:  # whatever its template raises
+                raise UserError(f"--prompt chat: this tokenizer's template does not take a system and a user message ({error}); use --prompt plain") from None
             self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after))
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")

@@ -205,21 +205,21 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
     encode_s = prefill_s = decode_s = 0.0
     for chunk in length_batches([len(item.context) for item in items], batch):
         prefix, picked = None, [None] * len(chunk)
-        m = [budget(len(prompt.text(items[i])), M or 32, ratio) for i in chunk]  # tokens, for the rows that are cut
+        m = [budget(len(prompt.source(items[i], scope)), M or 32, ratio) for i in chunk]  # tokens, for the rows that are cut
+        began = time.perf_counter()
         if uses_latents:
-            began = time.perf_counter()
             sources = [prompt.source(items[given[i]], scope) for i in chunk]
             m = [wire.count(len(source), M, ratio) for source in sources]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
             prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts)[0]
             prefix = prefix if kind == "fp32" else dequantise(*quantise(prefix, kind))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            encode_s += time.perf_counter() - began
             source_tokens += sum(map(len, sources))
             latents += sum(m)
         elif row.startswith("selective"):
             picked = most_surprising(lm, prompt, [items[i].context for i in chunk], m)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        encode_s += time.perf_counter() - began
         rows = [row_ids(row, prompt, items[i], scope, *rest) for i, *rest in zip(chunk, m, picked)]
         read += sum(map(len, rows))
         out = generate(lm, tokenizer, rows, prefix, max_new_tokens, row == "text",
@@ -323,13 +323,13 @@ def _read_results(folder):
 
 
 def read_earlier(folder, fingerprint):
-    """(metrics, {id: record}) of an earlier call into the same folder on the same data and LM, else empty ones."""
+    """(metrics, records) of an earlier call into the same folder on the same data and LM, else empty ones."""
     metrics, records = _read_results(folder)
     if metrics.get("fingerprint") != fingerprint:
         if metrics:
             log(f"notice: {folder / 'metrics.json'} is of another LM, data or setting; it is replaced")
-        return {}, {}
-    return metrics, {record["id"]: record for record in records}
+        return {}, []
+    return metrics, records
 
 
 def write_results(out, metrics, records, argv, rows):
@@ -367,7 +367,7 @@ def choose_rows(mode, ckpt):
 def main():
     from tqdm import tqdm
     rows = choose_rows(args.mode, args.ckpt)
-    for option in ("batch", "max_new_tokens", "latents", "ratio"):
+    for option in ("samples", "batch", "max_new_tokens", "latents", "ratio"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
@@ -395,8 +395,9 @@ def main():
                    "latents": M, "ratio": ratio, "wire": args.wire, "max_new_tokens": args.max_new_tokens}
     metrics, earlier = read_earlier(out / "eval", fingerprint)
     if saved and metrics.get("ckpt_sha256") != saved.checksum:  # rows of another checkpoint go, those that need none stay
-        for place in (metrics, metrics.get("embedding_baselines", {}), *earlier.values()):
-            for row in [key for key in place if key.split("@")[0] in TRAINED or key in ("wire", "carried", "carried_ci95")]:
+        for place in (metrics, metrics.get("embedding_baselines", {}), *earlier):
+            for row in [key for key in place if key.split("@")[0] in TRAINED or key in ("wire", "carried", "carried_ci95", "retention", "compression_of_all_the_lm_reads")
+                        or key.startswith("payload_bytes")]:
                 del place[row]
         metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
@@ -408,10 +409,11 @@ def main():
                                "calibration_mode": "embed_rms", "embedding_replay": True,
                                "embedding_baseline_modes": ["raw", "anchor", "adapter"]}},
     })
-    metrics["compression"] = {name: metrics["avg_prompt_tokens"][name] / M}
+    if "latent" not in metrics:
+        metrics["compression"] = {name: metrics["avg_prompt_tokens"][name] / M}
     metrics["is_text"] = bool(config and config.encoder == "text")
     upper = read_upper(args.upper, fingerprint) if args.upper else None
-    records = [earlier.get(item.example.id) or
+    records = earlier or [
                {"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)} for item in items]
     with tqdm(total=n * len(rows), unit="q", smoothing=0.05) as bar:
         for row in rows:
@@ -428,23 +430,27 @@ def main():
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
-    lines = [f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, M = {M}", table(metrics, name)]
+    size = "M = T" if metrics["is_text"] else f"M = T / {ratio:g}" if ratio else f"M = {M}"
+    lines = [f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, {size}", table(metrics, name)]
     if args.data == "synthetic":
-        lines.append(f"chance level, a random fact of the right kind out of the passage: F1 {100 * synthetic_chance(examples):.1f}")
+        chance = synthetic_chance([item.example for item in items])
+        lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
     lines += compare(metrics, records, upper) + [f"written to {out / 'eval'}"]
     print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
     write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def read_upper(folder, fingerprint):
-    """{id: answer} of the text-tuned reader: the row `latent` of a run trained with --encoder text, evaluated on the same
+    """The answers of the text-tuned reader: the row `latent` of a run trained with --encoder text, evaluated on the same
     questions. Raises UserError where that is not what the folder holds."""
     metrics, records = _read_results(Path(folder) / "eval")
     if "latent" not in metrics:
         raise UserError(f"--upper {folder}: no evaluated run there; first: python eval.py --mode latent --ckpt {folder}/ckpt/best --data ...")
     if any(metrics["fingerprint"][key] != fingerprint[key] for key in ("lm", "data", "prompt")) or not metrics.get("is_text"):
         raise UserError(f"--upper {folder} must be a run of --encoder text, evaluated on the same LM, prompt and questions")
-    return {record["id"]: record["latent"] for record in records}
+    if len(records) < metrics["samples"]:
+        raise UserError(f"--upper {folder} holds only {len(records)} of its {metrics['samples']} predictions; evaluate its checkpoint again")
+    return [record["latent"] for record in records]
 
 
 def compare(metrics, records, upper):
@@ -462,7 +468,7 @@ def compare(metrics, records, upper):
     metrics["retention"] = {}
     references = {"zero-shot text (anchor)": [record.get("anchor") for record in records],
                   "text_lora, this wire's LoRA on the whole text": [record.get("text_lora") for record in records],
-                  "a reader tuned on text (--upper)": upper and [upper[record["id"]] for record in records]}
+                  "a reader tuned on text (--upper)": upper}
     for what, answers in references.items():
         if answers and None not in answers and (reference := f1(answers)).any():
             low, high = ratio_interval(latent, reference)
@@ -505,6 +511,8 @@ def data_checksum(items):
 
 def describe_wire(metrics, name, result, prompt, items, wire):
     """Compression and payload of the latents, in the preserved run's fields."""
+    if metrics["fingerprint"]["ratio"] or metrics["is_text"]:
+        metrics["latent_len"] = round(result["latents"], 1)  # on average
     n, M, d = metrics["samples"], metrics["latent_len"], wire.lm.config.hidden_size
     whole = np.mean([len(prompt.text(item)) + len(prompt.anchor) for item in items])
     metrics["compression"] = {name: result["source_tokens"] / result["latents"]}

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data import CACHE, LATENT, PAD, UserError, log, pad
@@ -29,6 +31,10 @@ from data import CACHE, LATENT, PAD, UserError, log, pad
 def pick_device(name=None):
     """(device, dtype, why): CUDA with bf16 where it has it, else float32, which is also the fastest on CPUs."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown; there are cpu, cuda, cuda:0, ...")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count() > 0:
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
     bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported()
@@ -69,7 +75,7 @@ def load_lm(name, dtype=None, device=None):
         lm = lm.to(default_device)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"--lm {name} does not fit into memory; take a smaller model or a larger device") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(name, error)) from None
     if not (hasattr(lm, "model") and hasattr(lm.model, "layers") and hasattr(lm.model, "norm")):
         raise UserError(f"--lm {name}: {type(lm).__name__} is not built as embeddings, layers, norm, head (Llama, Qwen, "
@@ -109,8 +115,8 @@ def _converted(gguf):
     """Folder with the .gguf file's weights as safetensors, made on first use (about 20 s) and renamed into place whole,
     so that two processes may start at once: the later rename finds the folder there and drops its own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    size = gguf.stat().st_size
-    folder = CACHE / "lm" / f"{gguf.stem}-{hashlib.sha256(f'{gguf.name} {size}'.encode()).hexdigest()[:8]}"
+    with open(gguf, "rb") as f:
+        folder = CACHE / "lm" / f"{gguf.stem}-{hashlib.file_digest(f, 'sha256').hexdigest()[:8]}"
     if folder.exists():
         return folder
     log(f"converting {gguf.name} once, about 20 s ...")
@@ -215,7 +221,7 @@ def generate(lm, tokenizer, rows, prefix=None, max_new_tokens=24, as_ids=False, 
     watch, embeds = Watch(), embed(lm, ids, prefix)
     inputs = {"input_ids": ids.clamp(min=0)} if as_ids else {"inputs_embeds": embeds}
     out = lm.generate(**inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[watch],
-                      temperature=None, top_p=None, top_k=None, return_dict_in_generate=True)
+                      temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, return_dict_in_generate=True)
     done = time.perf_counter()
     new = (out.sequences[:, S:] if as_ids else out.sequences).tolist()
     end = lm.generation_config.eos_token_id

@@ -415,13 +415,18 @@ def read_last_good(folder):
         return read_checkpoint(old)
 
 
-def load_wire(saved, lm):
-    """LatentWire of a Checkpoint around lm. Raises UserError for weights that belong to another LM."""
+def check_lm(saved, lm):
+    """Raise UserError where a Checkpoint was trained for another LM."""
     mine = lm_identity(lm)
     for key, value in saved.identity.items():
         if key != "name" and mine[key] != value:
             raise UserError(f"--ckpt {saved.folder} was trained for {saved.identity['name']} ({key} {value}), not {lm.name} "
                             f"({key} {mine[key]}); give --lm {saved.identity['name']}")
+
+
+def load_wire(saved, lm):
+    """LatentWire of a Checkpoint around lm. Raises UserError for weights that belong to another LM."""
+    check_lm(saved, lm)
     wire = LatentWire(lm, saved.config)
     load_trained(wire, saved.folder)
     return wire

@@ -17,7 +17,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import Parser, UserError, log, run_main, write_atomic
+from data import Parser, UserError, log, read_lines, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
          "token_budget": "Token budget", "truncated": "Truncated context",
@@ -44,14 +44,6 @@ def read_json(path, default=None):
         raise UserError(f"{path} cannot be read ({error})") from None
 
 
-def read_lines(path):
-    """The objects of a .jsonl file; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
-
-
 class Run:
     """A run's files, read once. Anything may be missing."""
 
@@ -66,8 +58,9 @@ class Run:
         self.predictions = read_lines(self.folder / "eval" / "predictions.jsonl")
         if not self.metrics and not self.steps:
             raise UserError(f"{folder} has neither eval/metrics.json nor logs/train_diagnostics.jsonl; train or evaluate first")
-        models = [*self.metrics.get("avg_prompt_tokens", {}), *(self.steps[-1]["models"] if self.steps else {})]
-        self.lm = models[0] if models else "?"
+        for record in self.steps:  # the LM may have been trained and evaluated under two names
+            record["model"], = record["models"].values()
+        self.lm = next(iter(self.metrics.get("avg_prompt_tokens", {}) or self.steps[-1]["models"]))
         self.rows = self._rows()
 
     def _rows(self):
@@ -86,12 +79,12 @@ class Run:
         """A value of the last diagnostics record: of the model, or of the step."""
         if not self.steps:
             return default
-        return self.steps[-1]["models"][self.lm].get(key, self.steps[-1].get(key, default))
+        return self.steps[-1]["model"].get(key, self.steps[-1].get(key, default))
 
     def mean(self, key, start, end):
         """Mean of a model's value over the records from share `start` to share `end` of the run."""
         part = self.steps[int(start * len(self.steps)):math.ceil(end * len(self.steps))]
-        values = [record["models"][self.lm][key] for record in part if key in record["models"][self.lm]]
+        values = [record["model"][key] for record in part if key in record["model"]]
         return sum(values) / len(values) if values else float("nan")
 
 
@@ -170,7 +163,7 @@ def markdown(run, level=1):
                 + (f"of at most {c['max_context_tokens']} tokens" if c.get("max_context_tokens") else "uncut"),
                 f"- **Wire**: encoder {c['encoder']}, scope {c['scope']}, M = {c['latents']}, d_z {c['d_z']}, LoRA rank {c['lora_rank']} on {c['lora_targets']}",
                 f"- **Training**: batch {c['batch']}, peak learning rate {c['lr']:g}, loss weights " +
-                ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "entropy", "recall") if c.get(key))]
+                ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "entropy") if c.get(key))]
     if run.steps:
         seen = run.steps[-1].get("samples_seen")
         out.append(f"- **Length**: {run.steps[-1]['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))
@@ -201,7 +194,7 @@ def markdown(run, level=1):
             out.append(f"- Training: {run.last('sec_per_step'):.2f} s a step" + (f", {run.last('samples_per_sec'):.1f} questions/s" if run.last("samples_per_sec") else ""))
         out.append("")
     if run.steps:
-        keys = ("grad_norm", "first_acc", "first_acc_top5", "tf", "first", "kce", "kd", "entropy_loss", "recall", "prediction_diversity", "latent_rms", "attention_entropy")
+        keys = ("grad_norm", "first_acc", "first_acc_top5", "tf", "first", "kce", "kd", "entropy_loss", "prediction_diversity", "latent_rms", "attention_entropy")
         final = {key: round(run.last(key), 4) for key in keys if run.last(key) or key.startswith("first_acc")}
         final["dominant_predictions"] = dict(Counter(run.last("prediction_histogram") or {}).most_common(5))
         out += [h(1, "Final training diagnostics"), f"Step {run.steps[-1]['global_step']}:", "```json", json.dumps(final, indent=2, ensure_ascii=False), "```", ""]
@@ -372,8 +365,8 @@ def figures(runs):
 
     label = lambda run, part="": " ".join(filter(None, [run.folder.resolve().name if len(runs) > 1 else "", part])) or part
     at = lambda run: [record.get("samples_seen", record["global_step"]) for record in run.steps]
-    inner = lambda run, key: [record["models"][run.lm].get(key) for record in run.steps]
-    parts = [(run, key) for run in runs for key in ("tf", "first", "kce", "kd", "entropy_loss", "recall") if any(v for v in inner(run, key))]
+    inner = lambda run, key: [record["model"].get(key) for record in run.steps]
+    parts = [(run, key) for run in runs for key in ("tf", "first", "kce", "kd", "entropy_loss") if any(v for v in inner(run, key))]
     chart("Loss parts", "nats", [(label(run, key), at(run), inner(run, key), None) for run, key in parts])
     chart("First-token accuracy", "share", [(label(run, name), at(run), inner(run, key), None) for run in runs
                                             for key, name in (("first_acc", "top 1"), ("first_acc_top5", "top 5")) if run.steps])

@@ -340,7 +340,7 @@ def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
     assert low == pytest.approx(0.5) and high == pytest.approx(0.5)  # exactly half on every question: no spread
     records = [{"id": str(i), "golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"} for i in range(12)]
     metrics = {}
-    lines = compare(metrics, records, {str(i): "Rome" if i < 6 else "x" for i in range(12)})
+    lines = compare(metrics, records, ["Rome" if i < 6 else "x" for i in range(12)])
     assert metrics["carried"] == 0.25 and len(lines) == 3
     assert metrics["retention"]["zero-shot text (anchor)"]["ratio"] == 0.25 and metrics["retention"]["a reader tuned on text (--upper)"]["ratio"] == 0.5
     with pytest.raises(UserError, match="no evaluated run there"):
@@ -349,12 +349,12 @@ def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
     (tmp_path / "eval" / "predictions.jsonl").write_text(json.dumps({"id": "1", "latent": "Rome"}) + "\n")
     fingerprint = {"lm": "a", "data": "b", "prompt": "plain"}
     for is_text, its_data, fails in ((True, "b", False), (True, "other", True), (False, "b", True)):
-        (tmp_path / "eval" / "metrics.json").write_text(json.dumps({"latent": {}, "is_text": is_text, "fingerprint": {**fingerprint, "data": its_data}}))
+        (tmp_path / "eval" / "metrics.json").write_text(json.dumps({"latent": {}, "samples": 1, "is_text": is_text, "fingerprint": {**fingerprint, "data": its_data}}))
         if fails:
             with pytest.raises(UserError, match="must be a run of --encoder text"):
                 read_upper(tmp_path, fingerprint)
         else:
-            assert read_upper(tmp_path, fingerprint) == {"1": "Rome"}
+            assert read_upper(tmp_path, fingerprint) == ["Rome"]
 
 
 @pytest.mark.slow
@@ -520,6 +520,7 @@ def test_whole_articles_are_held_out():
     assert what == "the last 2 articles" and {item.example.title for item in held} == {"article 39", "article 38"}
     assert len(train) + len(held) == 1200 and not {item.example.title for item in train} & {item.example.title for item in held}
     assert hold_out(items[1200:], 25)[2] == "the last 18 contexts" and hold_out(items[:1200], 100)[2] == "the last 4 articles"
+    assert hold_out(items[:180], 200)[2] == "the last 1 articles"  # never more than a fifth
     assert hold_out(items[:30], 100)[0] == items[:30]  # one article: nothing to hold out
 
 

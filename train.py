@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -30,10 +30,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, run_main, write_atomic
+from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, read_lines, run_main, write_atomic
 from eval import evaluate_row, summary
 from lm import load_lm, pick_device
-from model import LatentWire, WireConfig, budgets, load_trained, read_last_good, save_checkpoint
+from model import LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint
 
 
 def option(default, text):
@@ -122,13 +122,14 @@ def lr_factor(progress, warmup):
 
 def hold_out(items, n):
     """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or of
-    its contexts where it names no articles, and at least n questions if that leaves anything."""
+    its contexts where it names no articles; more, up to a fifth, until there are n questions."""
     groups = {}
     for item in items:
         groups.setdefault(item.example.title or item.example.context, []).append(item)
     names, held = list(groups), []
     wanted = max(1, round(0.045 * len(names)))
-    while len(names) > 1 and (len(held) < wanted or sum(len(groups[name]) for name in held) < n):
+    most = max(1, len(names) // 5)
+    while len(names) > 1 and (len(held) < wanted or len(held) < most and sum(len(groups[name]) for name in held) < n):
         held.append(names.pop())
     flat = lambda names: [item for name in names for item in groups[name]]
     return flat(names), flat(held), f"the last {len(held)} {'articles' if items and items[0].example.title else 'contexts'}"
@@ -215,9 +216,7 @@ def diagnostics(window, config, name):
 def keep_steps(path, step):
     """Drop the records of a .jsonl file that are past a step: a resumed run will write them again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        whole = [line for line in lines if line.endswith("}")]  # a killed process may have left half a line
-        write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line).get("global_step", 0) <= step))
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record.get("global_step", 0) <= step))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -279,6 +278,19 @@ def claim(out):
     return lock
 
 
+def check_resume(config, saved, lm, path):
+    """Raise UserError where --resume is given another wire or LM than the run's; say which other flags have changed."""
+    check_lm(saved, lm)
+    for f in fields(WireConfig):
+        mine, theirs = getattr(config, f.name), getattr(saved.config, f.name)
+        if f.name != "lm" and str(mine) != str(theirs):
+            raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it as it was, or give another --out")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, value in asdict(config).items():
+        if name in before and before[name] != value and name not in ("resume", "device", "lm"):
+            log(f"notice: --{name} was {before[name]}, goes on as {value}")
+
+
 def train(config, rank, world, device, dtype, why, stack):
     out, master = Path(config.out), rank == 0
     last = out / "ckpt" / "last"
@@ -306,7 +318,7 @@ def train(config, rank, world, device, dtype, why, stack):
     items, dev = load_items(config, prompt)
     groups = group_by_context(items)
     lengths = [len(item.context) for item in items]
-    per_row = config.pack if config.scope == "context" else 1  # in prompt scope no two questions share latents
+    per_row = min(config.pack, micro) if config.scope == "context" else 1  # in prompt scope no two questions share latents
     plan = lambda epoch: epoch_plan(groups, lengths, config.batch, micro, config.seed, epoch, per_row)
     total = sum(len(plan(epoch)) for epoch in range(config.epochs))
 
@@ -317,6 +329,7 @@ def train(config, rank, world, device, dtype, why, stack):
     state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
     if found:
         saved = read_last_good(last)
+        check_resume(config, saved, lm, out / "config.json")
         load_trained(wire, saved.folder)
         restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
         state = json.loads((saved.folder / "state.json").read_text(encoding="utf-8"))
@@ -326,7 +339,8 @@ def train(config, rank, world, device, dtype, why, stack):
         logs.mkdir(parents=True, exist_ok=True)
         (out / "eval").mkdir(exist_ok=True)
         write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        keep_steps(logs / "train_diagnostics.jsonl", state["step"])
+        for path in (logs / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"):
+            keep_steps(path, state["step"])
 
     def keep(what, write, *given):
         """Write something; a full disk or a folder that became read-only must not end the training. True if it is written."""
@@ -377,7 +391,10 @@ def train(config, rank, world, device, dtype, why, stack):
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, lambda received, frame: stopping.append(received))
     wire.train()
-    began, window, ticked, done = time.time() - state["elapsed"], [], time.time(), state["finished"]
+    began, window, ticked = time.time() - state["elapsed"], [], time.time()
+    # A finished run goes on where it is given more epochs or minutes.
+    done = state["finished"] and (state["step"] >= total or 0 < config.minutes <= state["elapsed"] / 60)
+    state["finished"] = done
     while not done:
         steps = plan(state["epoch"])
         while state["epoch_step"] < len(steps):
@@ -445,11 +462,11 @@ def train(config, rank, world, device, dtype, why, stack):
                     keep("training.log", append_line, logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
                     if count > 0.9 * questions and questions >= 32:
                         note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
-            if state["step"] % config.save_every == 0 and not state["skipped_in_a_row"]:
-                save()
-            if config.eval_every and state["step"] % config.eval_every == 0 and state["step"] < total:
-                if master:
-                    evaluate()
+            due = config.eval_every and state["step"] % config.eval_every == 0 and state["step"] < total
+            if due and master:
+                evaluate()
+            if (due or state["step"] % config.save_every == 0) and not state["skipped_in_a_row"]:
+                save()  # after the evaluation, whose best F1 it holds
         else:
             state.update(epoch=state["epoch"] + 1, epoch_step=0)
             done = state["epoch"] >= config.epochs
@@ -469,7 +486,7 @@ def train(config, rank, world, device, dtype, why, stack):
         if not save() or not state["finished"]:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
     bar.close()
-    log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best")
+    log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best --data {config.eval_data or config.data}")
 
 
 if __name__ == "__main__":
