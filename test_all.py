@@ -792,6 +792,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny, trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    again = run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume", "--latents", "4", code=2)
+    assert "--latents 4 does not go with --resume: this run has --latents 8" in again.stderr
+    steps = len(diagnostics_of(trained))
+    more = run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
+    assert "--lr was 0.01, goes on as 0.005" in more.stderr and len(diagnostics_of(out)) > 1.5 * steps
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tiny, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", out, "--save_every", "1000"], cwd=HERE, stderr=subprocess.PIPE, text=True)
