@@ -304,11 +304,11 @@ def table(metrics, name):
     found = {row: find_row(metrics, row, name) for row in [*PLAIN, *TRAINED, *own]}
     found = {row: value for row, value in found.items() if value}
     reference = found["text"][0]["f1"] if "text" in found else None
-    lines = [f"{'Mode':<18}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>9}{'NLL/tok':>9}{'top-1 %':>9}{'tokens':>8}{'sec':>8}"]
+    lines = [f"{'Mode':<18}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>11}{'NLL/tok':>9}{'top-1 %':>9}{'tokens':>8}{'sec':>8}"]
     for row, (s, wall) in found.items():
         f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
         versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
-        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>9}{s['nll_token']:>9.2f}"
+        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>11}{s['nll_token']:>9.2f}"
                      f"{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
     return "\n".join(lines)
 
