@@ -1,5 +1,6 @@
 """
-Ask a document: its text is encoded into latents once, then every question is answered from them.
+Ask a document: its text is encoded into latents once, then every question is answered from them. (A wire of --scope asked
+reads the question before it looks: it encodes the text again for every question.)
 
     python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt                            # questions from the terminal
     python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt --question "Who wrote it?"
@@ -14,6 +15,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from data import Parser, UserError, log, run_main
@@ -127,13 +129,21 @@ def shaded(words, weight, colour):
 
 
 @torch.no_grad()
-def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
-    """Print where the latents of a document look, what they hold, and what the answer to a question rests on."""
+def encode(wire, prompt, items, counts):
+    """Prefix (B, max M, d) and attention (B, max M, T) of the items' contexts, counts[b] latents each."""
+    scope, device = wire.config.scope, wire.lm.device
+    asked = torch.tensor([prompt.lead(item, scope) for item in items], device=device)
+    prefix, attention = wire.encode(pad([prompt.source(item, scope) for item in items], PAD).to(device), torch.tensor(counts, device=device), asked)
+    return prefix, attention if attention is None or scope == "context" else attention[:, :, int(asked[0]):]  # of one question
+
+
+@torch.no_grad()
+def inspect(wire, tokenizer, prompt, item, M, max_new_tokens):
+    """Print where the latents of an item's context look, what they hold, and what the answer to its question rests on."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    device, T = wire.lm.device, len(document)
+    device, document, T = wire.lm.device, item.context, len(item.context)
     words = [printable(tokenizer.decode([token])) for token in document]
-    context, count = pad([document], PAD).to(device), torch.tensor([M], device=device)
-    prefix, attention = wire.encode(context, count)
+    prefix, attention = encode(wire, prompt, [item], [M])
     if wire.config.encoder != "pointer":
         raise UserError(f"--inspect needs a wire that says where it looks, --encoder pointer; this one has --encoder {wire.config.encoder}")
     prefix, attention = prefix[0], attention[0]
@@ -142,7 +152,7 @@ def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
 
     table = F.normalize(wire.lm.get_input_embeddings().weight.float(), dim=-1)  # (V, d)
     near = (F.normalize(prefix.float(), dim=-1) @ table.T).topk(4)
-    plain = wire.adapter.scaled(attention @ embed(wire.lm, context)[0].float())  # what the latent would be without its residual
+    plain = wire.adapter.scaled(attention @ embed(wire.lm, torch.as_tensor(document, device=device).long()).float())  # what the latent would be without its residual
     residual = (prefix - plain).norm(dim=-1)
     share = residual / (residual + plain.norm(dim=-1))
     print(f"{'latent':>6}  {'looks at':<58}  {'nearest in the vocabulary (cosine)':<58}  residual")
@@ -152,7 +162,6 @@ def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
         holds = " ".join(f"{printable(tokenizer.decode([t])).strip()} {c:.2f}" for c, t in zip(near.values[m].tolist(), near.indices[m].tolist()))
         print(f"{m + 1:>6}  {looks[:58]:<58}  {holds[:58]:<58}  {share[m]:.0%}")
 
-    item = prompt.items([Example("", "", question, ("",))])[0]
     asked = prompt.asked(item, "context")
     row = np.concatenate([prompt.prefix(item, "context", M), asked])
     answer = generate(wire.lm, tokenizer, [row], prefix[None], max_new_tokens)
@@ -163,13 +172,13 @@ def inspect(wire, tokenizer, prompt, document, question, M, max_new_tokens):
     windows = [window for window in windows if 0 < len(window) < T]
     texts = [document] + [np.delete(document, window) for window in windows]
     counts = [wire.count(len(text), M) for text in texts]
-    prefixes = wire.encode(pad(texts, PAD).to(device), torch.tensor(counts, device=device))[0]
+    prefixes, _ = encode(wire, prompt, [replace(item, context=text) for text in texts], counts)
     batch = pack([(prompt.prefix(item, "context", m), [(asked, said)]) for m in counts], texts, counts).to(device)
     logp = -F.cross_entropy(answer_logits(wire.lm, batch, prefixes).float(), batch.label, reduction="none")
     logp = torch.zeros(len(texts), device=device).index_add(0, batch.owner, logp).tolist()
     first = np.concatenate([prompt.pre, prompt.head, document[:M], asked])
     cut = generate(wire.lm, tokenizer, [first], None, max_new_tokens).answers[0]
-    print(f"\nquestion  {printable(question)}\nanswer    {printable(answer.answers[0])}   (log-probability {logp[0]:.2f})")
+    print(f"\nquestion  {printable(item.example.question)}\nanswer    {printable(answer.answers[0])}   (log-probability {logp[0]:.2f})")
     print(f"          {printable(cut)}   from the first {M} tokens of the text instead of {M} latents")
     print("\nwithout these words the answer's log-probability falls by")
     for drop, window in sorted(((logp[0] - p, window) for p, window in zip(logp[1:], windows)), key=lambda pair: -pair[0])[:5]:
@@ -215,9 +224,10 @@ def main():
         raise UserError("--inspect needs the text (--context) and a --question")
     text = read_text(args.context) if args.context else None
     saved = read_checkpoint(args.ckpt)
-    if saved.config.scope != "context":
-        raise UserError(f"--ckpt {args.ckpt} puts the question into its latents (--scope prompt); a document that is asked many "
-                        "times needs a wire trained with --scope context")
+    scope = saved.config.scope
+    if scope == "prompt" or scope == "asked" and (args.save or args.load):
+        raise UserError(f"--ckpt {args.ckpt} makes latents for one question (--scope {scope}); " +
+                        ("a saved document" if scope == "asked" else "a document that is asked many times") + " needs a wire trained with --scope context")
     lm, tokenizer = load_lm(saved.config.lm, device=args.device)
     wire = load_wire(saved, lm).eval()
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
@@ -229,14 +239,15 @@ def main():
         log(f"{args.load}: {prefix.shape[1]} latents, {Path(args.load).stat().st_size:,} bytes")
     else:
         began = time.perf_counter()
-        document = prompt.items([Example("", text, "", ("",))])[0].context
-        M = wire.count(len(document), args.latents, args.ratio)
+        document = prompt.items([Example("", text, args.question or "", ("",))])[0]
+        M = wire.count(len(document.context), args.latents, args.ratio)
         prompt.report_cuts(args.context)
         if args.inspect:
-            return inspect(wire, tokenizer, prompt, document, whole(args.question), M, args.max_new_tokens)
-        prefix, _ = wire.encode(pad([document], PAD).to(lm.device), torch.tensor([M], device=lm.device))
-        log(f"{len(document)} tokens -> {M} latents ({len(document) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "
-            f"{payload_bytes(prefix.numel(), args.wire):,} bytes of latents in {args.wire}, encoded in {time.perf_counter() - began:.2f} s")
+            return inspect(wire, tokenizer, prompt, replace(document, example=Example("", "", whole(args.question), ("",))), M, args.max_new_tokens)
+        prefix = encode(wire, prompt, [document], [M])[0] if scope == "context" else None
+        log(f"{len(document.context)} tokens -> {M} latents ({len(document.context) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "
+            f"{payload_bytes(M * lm.config.hidden_size, args.wire):,} bytes of latents in {args.wire}" +
+            (f", encoded in {time.perf_counter() - began:.2f} s" if prefix is not None else ", encoded for each question"))
     if args.save:
         save_latents(args.save, prefix[0], args.wire, saved, lm_identity(lm))
         log(f"saved to {args.save}")
@@ -247,9 +258,10 @@ def main():
         if len(prompt.tokenize(question)) > saved.config.max_prompt_tokens // 2:
             log(f"error: this question of {len(question):,} characters is too long, half of the prompt is the most")
             continue
-        asked = prompt.items([Example("", "", question, ("",))])[0]  # the document is in the latents
-        row = np.concatenate([prompt.prefix(asked, "context", prefix.shape[1]), prompt.asked(asked, "context")])
-        answer = generate(lm, tokenizer, [row], prefix, args.max_new_tokens).answers[0]
+        asked = prompt.items([Example("", "", question, ("",))])[0]
+        latents = prefix if prefix is not None else encode(wire, prompt, [replace(asked, context=document.context)], [M])[0]
+        row = np.concatenate([prompt.prefix(asked, "context", latents.shape[1]), prompt.asked(asked, "context")])
+        answer = generate(lm, tokenizer, [row], latents, args.max_new_tokens).answers[0]
         print(printable(answer), flush=True)
         log(f"  ({time.perf_counter() - began:.2f} s)")
 

@@ -424,20 +424,29 @@ class Prompt:
         return np.concatenate([self.pre, self.head, item.context, item.question, self.post])
 
     def source(self, item, scope):
-        """What the latents stand for, as the encoder reads it: the context, or all of the user's text with the question
-        first, so that the context's tokens have seen it."""
-        return item.context if scope == "context" else np.concatenate([item.question, self.head, item.context])
+        """What the encoder reads: the context, or the question first, so that the context's tokens have seen it."""
+        if scope == "context":
+            return item.context
+        return np.concatenate([item.question, item.context] if scope == "asked" else [item.question, self.head, item.context])
+
+    def replaced(self, item, scope):
+        """How many tokens of the source the latents stand for: in scope asked the question is read but stays text."""
+        return len(item.context) if scope == "asked" else len(self.source(item, scope))
+
+    def lead(self, item, scope):
+        """How many tokens at the front of the source are the question."""
+        return 0 if scope == "context" else len(item.question)
 
     def prefix(self, item, scope, latents=None):
         """What the LM reads before the question: all of it text (latents None), or with that many latents in it."""
         if latents is None:
             return np.concatenate([self.pre, self.head, item.context])
         slots = np.full(latents, LATENT, dtype=np.int32)
-        return np.concatenate([self.pre, self.head, slots] if scope == "context" else [self.pre, slots])
+        return np.concatenate([self.pre, slots] if scope == "prompt" else [self.pre, self.head, slots])
 
     def asked(self, item, scope):
         """What the LM reads after the prefix: the question (unless it is in the latents) and the anchor."""
-        return np.concatenate([item.question, self.post, self.anchor] if scope == "context" else [self.post, self.anchor])
+        return np.concatenate([self.post, self.anchor] if scope == "prompt" else [item.question, self.post, self.anchor])
 
     def report_cuts(self, what):
         """Say how many contexts were cut, if any were."""
@@ -465,6 +474,7 @@ class Batch:
     """What one forward pass reads. A row is one shared prefix and the questions behind it (`pack`)."""
     context: object   # (B, T) token ids the encoder reads, PAD right
     latents: object   # (B,) how many latents stand for each row's context
+    asked: object     # (B,) how many tokens at the front of what the encoder reads are the question
     ids: object       # (B, S) token ids the LM reads, LATENT and PAD where they apply
     position: object  # (B, S) position ids; they restart after the prefix for every question
     segment: object   # (B, S) 0 the prefix, 1.. the questions, -1 padding
@@ -479,9 +489,10 @@ class Batch:
         return Batch(*(value if isinstance(value, int) else value.to(device) for value in vars(self).values()))
 
 
-def pack(rows, contexts, latents):
+def pack(rows, contexts, latents, asked=None):
     """Lay out a Batch. rows: [(prefix ids, [(question ids, answer ids), ...]), ...]; contexts: what the encoder reads for
-    each row; latents: how many latents each row's prefix holds (0: it is all text)."""
+    each row; latents: how many latents each row's prefix holds (0: it is all text); asked: how many tokens of `contexts`
+    are the question (default: none)."""
     import torch
     ids, position, segment, targets, size = [], [], [], [], 0
     for r, (prefix, questions) in enumerate(rows):
@@ -498,8 +509,8 @@ def pack(rows, contexts, latents):
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    return Batch(pad(contexts, PAD), torch.tensor(latents), pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(targets).T.contiguous(), size)
+    return Batch(pad(contexts, PAD), torch.tensor(latents), torch.tensor(asked or [0] * len(rows)), pad(ids, PAD), pad(position, 0), pad(segment, -1),
+                 *torch.tensor(targets, dtype=torch.long).view(-1, 5).T.contiguous(), size)
 
 
 def collate(prompt, rows, scope, count):
@@ -508,10 +519,10 @@ def collate(prompt, rows, scope, count):
     if count is None:
         return pack([(prompt.prefix(row[0], scope), [(prompt.asked(item, "context"), item.answer) for item in row])
                      for row in rows], [row[0].context[:0] for row in rows], [0] * len(rows))
-    sources = [prompt.source(row[0], scope) for row in rows]
-    latents = [count(len(source)) for source in sources]
+    latents = [count(prompt.replaced(row[0], scope)) for row in rows]
     return pack([(prompt.prefix(row[0], scope, m), [(prompt.asked(item, scope), item.answer) for item in row])
-                 for row, m in zip(rows, latents)], sources, latents)
+                 for row, m in zip(rows, latents)],
+                [prompt.source(row[0], scope) for row in rows], latents, [prompt.lead(row[0], scope) for row in rows])
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

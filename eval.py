@@ -11,9 +11,11 @@ Evaluate: answer the same questions through every row, and say what each costs.
     token_budget   the user's text cut to its first M tokens
     truncated      the first M tokens of the context, and the question
     selective      the M tokens of the context that surprise the LM most, and the question (Selective-Context)
+    matched        the M tokens of the context that stand nearest to the question's words, and the question: a rival that has
+                   read the question, for wires that have (--scope asked)
     question_only  the question without its context
     text_lora      `anchor` read by the LM with the trained LoRA on: what LoRA alone brings
-    token_budget_lora, truncated_lora, selective_lora   these three with the trained LoRA on
+    token_budget_lora, truncated_lora, selective_lora, matched_lora   these four with the trained LoRA on
     latent         encoder, adapter, LoRA: M latents in place of the text; latent@16 takes 16 of them whatever --latents
                    says, latent@int8 sends them as integers
     latent_shuffled  the same with the latents of another context: what is left is not carried by the wire
@@ -28,13 +30,14 @@ import sys
 import time
 import zlib
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from data import Parser, UserError, log, run_main
 
-PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "question_only")
-TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "latent", "latent_shuffled", "adapter")
+PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "matched", "question_only")
+TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "matched_lora", "latent", "latent_shuffled", "adapter")
 
 
 def parse_args(argv=None):
@@ -73,7 +76,7 @@ import torch.nn.functional as F
 
 from data import PAD, Prompt, append_line, load_data, pad, synthetic_chance, write_atomic
 from lm import embed, generate, load_lm, lora_off, pick_device
-from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, read_checkpoint
+from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, nearness, payload_bytes, quantise, rare, read_checkpoint
 
 
 # ------------------------------------------------------------------------------------------------
@@ -165,9 +168,20 @@ def most_surprising(lm, prompt, contexts, counts):
     return picked
 
 
+@torch.no_grad()
+def nearest_words(lm, prompt, items, counts, rarity):
+    """Of each item's context the counts[b] tokens that stand nearest to the question's words, in their order. rarity (V,): how
+    much a word counts (`model.rare`)."""
+    ids = pad([prompt.source(item, "asked") for item in items], PAD).to(lm.device)
+    asked = torch.tensor([len(item.question) for item in items], device=lm.device)
+    near = nearness(embed(lm, ids), ids != PAD, asked, rarity.to(lm.device)[ids.clamp(min=0)]).cpu()
+    scores = [row[len(item.question):][:len(item.context)] for row, item in zip(near, items)]
+    return [item.context[score.topk(min(m, len(score))).indices.sort().values.numpy()] for item, score, m in zip(items, scores, counts)]
+
+
 def row_ids(row, prompt, item, scope, m, picked=None):
     """The token ids that a row reads for an item (LATENT where a latent goes). m: how many latents, or tokens in the rows
-    that are cut to a budget; picked: the context's tokens for `selective`."""
+    that are cut to a budget; picked: the context's tokens for `selective` and `matched`."""
     if row in ("text", "raw"):
         return prompt.text(item)
     if row in ("anchor", "text_lora"):
@@ -175,7 +189,7 @@ def row_ids(row, prompt, item, scope, m, picked=None):
     if row.startswith("token_budget"):
         content = np.concatenate([prompt.head, item.context, item.question])
         return np.concatenate([prompt.pre, content[:m], prompt.post, prompt.anchor])
-    if row.startswith(("truncated", "selective")):
+    if row.startswith(("truncated", "selective", "matched")):
         picked = item.context[:m] if picked is None else picked
         return np.concatenate([prompt.pre, prompt.head, picked, item.question, prompt.post, prompt.anchor])
     if row == "question_only":
@@ -200,23 +214,30 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
     scope = wire.config.scope if wire else "context"
     uses_latents = row in ("latent", "latent_shuffled", "adapter")
     given = other_contexts(items) if row == "latent_shuffled" else range(len(items))
+    if row.startswith("matched"):
+        rarity = rare(torch.bincount(torch.from_numpy(np.concatenate([item.context for item in items])).long(), minlength=lm.config.vocab_size))
     answers, ids, hits = [None] * len(items), [None] * len(items), []
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0
     for chunk in length_batches([len(item.context) for item in items], batch):
         prefix, picked = None, [None] * len(chunk)
-        m = [budget(len(prompt.source(items[i], scope)), M or 32, ratio) for i in chunk]  # tokens, for the rows that are cut
+        m = [budget(prompt.replaced(items[i], scope), M or 32, ratio) for i in chunk]  # tokens, for the rows that are cut
         began = time.perf_counter()
         if uses_latents:
-            sources = [prompt.source(items[given[i]], scope) for i in chunk]
-            m = [wire.count(len(source), M, ratio) for source in sources]
+            # The control keeps the question: what a question alone can do is no work of the context's latents.
+            given_items = [replace(items[i], context=items[given[i]].context) for i in chunk]
+            sources = [prompt.source(item, scope) for item in given_items]
+            m = [wire.count(prompt.replaced(item, scope), M, ratio) for item in given_items]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
-            prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts)[0]
+            asked = torch.tensor([prompt.lead(item, scope) for item in given_items], device=device)
+            prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts, asked)[0]
             prefix = prefix if kind == "fp32" else dequantise(*quantise(prefix, kind))
-            source_tokens += sum(map(len, sources))
+            source_tokens += sum(prompt.replaced(item, scope) for item in given_items)
             latents += sum(m)
         elif row.startswith("selective"):
             picked = most_surprising(lm, prompt, [items[i].context for i in chunk], m)
+        elif row.startswith("matched"):
+            picked = nearest_words(lm, prompt, [items[i] for i in chunk], m, rarity)
         if device.type == "cuda":
             torch.cuda.synchronize()
         encode_s += time.perf_counter() - began
@@ -370,7 +391,11 @@ def main():
     for option in ("samples", "batch", "max_new_tokens", "latents", "ratio"):
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
+    # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
+    run = Path(args.ckpt).resolve().parent if args.ckpt else None
+    out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
+    writable(out / "eval")
     config = saved.config if saved else None
     lm_name = args.lm or (config.lm if config else "smollm2-135m")
     lm, tokenizer = load_lm(lm_name, device=args.device)
@@ -388,9 +413,6 @@ def main():
     device, dtype, why = pick_device(args.device)
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {n} questions; rows: {', '.join(rows)}")
 
-    # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
-    run = Path(args.ckpt).resolve().parent if args.ckpt else None
-    out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
                    "latents": M, "ratio": ratio, "wire": args.wire, "max_new_tokens": args.max_new_tokens}
     metrics, earlier = read_earlier(out / "eval", fingerprint)
@@ -475,6 +497,16 @@ def compare(metrics, records, upper):
             metrics["retention"][what] = {"ratio": float(latent.mean() / reference.mean()), "ci95": [low, high], "f1": float(reference.mean())}
             lines.append(f"retention: {latent.mean() / reference.mean():.2f} [{low:.2f}, {high:.2f}] of {what}, F1 {100 * reference.mean():.1f}")
     return lines
+
+
+def writable(folder):
+    """Raise UserError now, not after an hour of answers, where a folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".probe").touch()
+        (folder / ".probe").unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder.parent} cannot be written ({error.strerror}); give another folder") from None
 
 
 def draw_short(items, args):

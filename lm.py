@@ -3,6 +3,7 @@ The language model: loaded and frozen, read through token ids or embeddings, wit
 
 Shapes: B rows, S tokens that the LM reads, M latents, A answer tokens, d the LM's width, V the vocabulary.
 """
+import atexit
 import hashlib
 import importlib.util
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,17 +129,28 @@ def _converted(gguf):
         raise UserError(f"reading {gguf.name} needs the packages gguf and accelerate: {str(error).strip().splitlines()[0]}") from None
     except Exception as error:  # the reader raises anything on a damaged file
         raise UserError(f"cannot read {gguf}: {error}") from None
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
     state = {key: value.contiguous() for key, value in lm.state_dict().items()}
     if lm.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    save_file(state, part / "model.safetensors", metadata={"format": "pt"})
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
-    lm.config.save_pretrained(part)
-    lm.generation_config.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+
+    def write(part):
+        part.mkdir(parents=True, exist_ok=True)
+        save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+        for piece in (lm.config, lm.generation_config, tokenizer):
+            piece.save_pretrained(part)
+
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        write(part)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set LATENTWIRE_CACHE to a folder of yours")
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        write(folder)
+        return folder
     try:
         os.rename(part, folder)
     except OSError:

@@ -27,6 +27,7 @@ from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the frozen layers of the encoder read at once, and how many of them twice
+ZOOM = 64.0  # how much more of the latents goes where the question's words are, at the start
 FORMAT = 1  # of the checkpoint folder; a newer one is refused
 
 
@@ -36,7 +37,7 @@ class WireConfig:
     lm: str = field(default="meta-llama/Llama-3.1-8B-Instruct", metadata={"help": "hub id, local folder, .gguf file, or smollm2-135m"})
     prompt: str = field(default="chat", metadata={"help": "plain, or chat for the tokenizer's chat template"})
     max_prompt_tokens: int = field(default=1024, metadata={"help": "contexts are cut from the right to fit"})
-    scope: str = field(default="context", metadata={"help": "what the latents replace: context (the question stays text) or prompt (all of it)"})
+    scope: str = field(default="context", metadata={"help": "what the latents replace: context (the question stays text), asked (the same, but the encoder has read the question) or prompt (all of it)"})
     encoder: str = field(default="pointer", metadata={"help": "pointer, query, pool, or text (every token its own latent: the upper bound)"})
     latents: str = field(default="32", metadata={"help": "M, how many latents replace the text; several (8,16,32,64) train one wire for all"})
     ratio: float = field(default=0.0, metadata={"help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents"})
@@ -48,6 +49,43 @@ class WireConfig:
     lora_alpha: float = field(default=64.0, metadata={"help": "LoRA's output is scaled by alpha / rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "on LoRA's input"})
     lora_targets: str = field(default="q,k,v,o,gate,up,down", metadata={"help": "which projections get LoRA"})
+
+
+# ------------------------------------------------------------------------------------------------
+# Where to look
+
+def spread(log_density, mask, M):
+    """How many latents each token gets (B, T): M (B,) shared out in proportion to exp(log_density) (B, T), but none more than
+    one to a token: what the largest cannot take goes to the others."""
+    log_density = log_density.masked_fill(~mask, float("-inf"))
+    full = torch.zeros_like(mask)
+    # -1e4, not -inf: where every token is full there must be something left to divide the nothing among
+    rest = lambda: (M - full.sum(1))[:, None] * log_density.masked_fill(full, -1e4).softmax(1)
+    with torch.no_grad():
+        for _ in range(16):
+            full = full | (rest() >= 1)
+    share = torch.where(full, 1.0, rest()).clamp(max=1)
+    return share * (M / share.sum(1))[:, None]
+
+
+def rare(counts):
+    """How much a word of a question says about the place of its answer, from the counts (V,) of a corpus's tokens: the log of
+    how much rarer than 1 in 100 it is, and 0 for commoner ones."""
+    return torch.log(0.01 / (counts / counts.sum() + 1e-5)).clamp(min=0)
+
+
+def nearness(embeds, mask, asked, rarity):
+    """Which share of the question's words, weighted by rarity (B, T), stands near each token, 0..1: (B, T). embeds (B, T, d)
+    and mask (B, T): the LM's input embeddings of a question of asked (B,) tokens and the text after it. Two words are as
+    alike as their squared cosine; near is within some 16 tokens. A token of the question is near all of it."""
+    T, Q = embeds.shape[1], int(asked.max())
+    own = torch.arange(T, device=embeds.device) < asked[:, None]                  # (B, T) the question's tokens
+    with torch.no_grad():
+        e, text = F.normalize(embeds.float(), dim=-1), (mask & ~own)[:, None]
+        alike = (e[:, :Q] @ e.transpose(1, 2)).clamp(min=0) ** 2 * text           # (B, Q, T)
+        near = F.avg_pool1d(F.max_pool1d(alike, 17, 1, 8) * text, 33, 1, 16).masked_fill(own[:, None], 1.0)
+    weight = rarity[:, :Q] * own[:, :Q]
+    return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -84,23 +122,28 @@ class Encoder(nn.Module):
     """Hidden states h (B, T, d) of the text -> latents (B, M, z) and, for the pointer, where each one looks (B, M, T).
 
     pointer  latent m is a weighted mean over its window of the text, by several heads: a softmax over t of
-             q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - M (t + 1/2) / T| - 1/2)^2.
+             q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - u_t| - 1/2)^2.
+             u_t = M (t + 1/2) / T is the place of token t: every latent has as many tokens. An encoder that has read the question
+             (scope asked, prompt) gives more latents to some parts than to others, as the eye does: each token gets a share
+             of the latents, at most one, and u_t is the running sum of shares (continuous integrate-and-fire, arXiv
+             1905.11235). Shares are exp(f(x_t) + a n_t), f starting at 0, n_t the share of the question's words, the rare
+             ones counting most, that stand near (`nearness`).
              The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
              the LM can read the latents before any training. s starts as the token's surprise without context,
              -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al., ICLR 2017).
              The offsets o_h spread the heads over the window, so that a latent knows the order of what it holds; they
-             vanish as M approaches T.
+             vanish where a token has a latent of its own.
     query    M learned queries cross-attend to the whole text, starting from nothing (the Q-Former's kind,
              arXiv 2301.12597).
     pool     the mean of M equal windows of the text (arXiv 2510.20797).
 
     Queries are functions of the relative position (m + 1/2) / M, not one vector per index, so M is free at run time."""
 
-    def __init__(self, kind, d, width, blocks, sharp, vocabulary):
+    def __init__(self, kind, d, width, blocks, sharp, vocabulary, scope="context"):
         super().__init__()
         if width % 64:
             raise UserError(f"--d_z {width} does not split into heads of 64; give a multiple of 64")
-        self.kind, self.sharp = kind, sharp
+        self.kind, self.sharp, self.scope = kind, sharp, scope
         self.heads = max(1, width // 128) if kind == "pointer" else width // 64 if kind == "query" else 1
         self.norm, self.project, self.place = nn.LayerNorm(d), nn.Linear(d, width), nn.Linear(64, width)
         self.blocks = nn.ModuleList(Block(width, width // 64) for _ in range(blocks))
@@ -113,41 +156,58 @@ class Encoder(nn.Module):
             for start in (self.query.weight, self.query.bias, self.gate.weight):  # at first place and salience decide
                 nn.init.zeros_(start)
             self.salience = nn.Parameter(torch.zeros(vocabulary))
+            if scope != "context":
+                self.density = nn.Linear(width, 1, bias=False)
+                nn.init.zeros_(self.density.weight)
+                self.rarity, self.zoom = nn.Parameter(torch.ones(vocabulary)), nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
     def count_tokens(self, texts):
-        """Start the pointer's salience from the token frequencies of the texts, an iterable of (T,) token ids."""
+        """Start the pointer's salience and rarity from the token frequencies of the texts, an iterable of (T,) token ids."""
         counts = torch.zeros(len(self.salience))
         for text in texts:
             counts += torch.bincount(torch.as_tensor(text).long(), minlength=len(counts))
         self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
+        if self.scope != "context":
+            self.rarity.copy_(rare(counts))
 
-    def forward(self, h, mask, M, ids):
-        """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T) -> z (B, max M, z), attention (B, max M, T).
-        Rows past a row's own M are meaningless and never read."""
+    def places(self, x, mask, M, ids, embeds, asked):
+        """(share of a latent that each token gets, tokens that the latents stand for), both (B, T)."""
+        read = mask
+        if self.scope == "asked":  # the question stays text: it is read, not pointed at
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= asked[:, None])
+        if self.kind != "pointer" or self.scope == "context":
+            return mask * (M / mask.sum(1))[:, None], mask
+        near = nearness(embeds, read, asked, F.relu(self.rarity[ids.clamp(min=0)]))
+        return spread(self.density(x).squeeze(-1) + ZOOM * self.zoom * near, mask, M), mask
+
+    def forward(self, h, mask, M, ids, embeds, asked):
+        """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T), embeds (B, T, d) the LM's input embeddings, asked
+        (B,) how many tokens at the front are the question -> z (B, max M, z), attention (B, max M, T). Rows past a row's own
+        M are meaningless and never read."""
         B, T, _ = h.shape
         m = torch.arange(int(M.max()), device=h.device)
-        length = mask.sum(1, keepdim=True)                             # (B, 1)
-        t = (torch.arange(T, device=h.device) + 0.5) / length          # (B, T) relative place of a token
-        r = (m + 0.5) / M[:, None]                                     # (B, M) relative place of a latent
+        t = (torch.arange(T, device=h.device) + 0.5) / mask.sum(1, keepdim=True)  # (B, T) relative place of a token
+        r = (m + 0.5) / M[:, None]                                                # (B, M) relative place of a latent
         x = self.project(self.norm(h)) + self.place(fourier(t))        # (B, T, z)
         for block in self.blocks:
             x = block(x, mask[:, None, None])
         x = self.final(x)
+        share, mask = self.places(x, mask, M, ids, embeds, asked)
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
         value = split(self.value(x))
         if self.kind == "query":
             y = F.scaled_dot_product_attention(split(self.query(fourier(r))), split(self.key(x)), value, attn_mask=mask[:, None, None])
             return y.transpose(1, 2).reshape(B, len(m), -1), None
-        distance = M[:, None, None] * (r[:, :, None] - t[:, None, :])  # (B, M, T) in windows
+        distance = (m + 0.5)[:, None] - (share.cumsum(1) - share / 2)[:, None]  # (B, M, T) in windows
         if self.kind == "pool":
             score = torch.where(distance.abs() <= 0.5 + 1e-4, 0.0, -1e4)
             score = torch.maximum(score, -1e4 - distance ** 2)[:, None]  # an empty window (T < M) takes the nearest token
         else:  # written out, not through SDPA: the weights themselves are the result
             q, k = split(self.query(fourier(r))), split(self.key(x))
             offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
-            offset = offset * (1 - M[:, None] / length)                # (B, heads)
-            outside = ((distance[:, None] + offset[:, :, None, None]).abs() - 0.5 - 1e-4).clamp(min=0)  # (B, heads, M, T)
+            offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, T)
+            outside = ((distance[:, None] + offset).abs() - 0.5 - 1e-4).clamp(min=0)                    # (B, heads, M, T)
             gate = self.gate(x).transpose(1, 2) + self.salience[ids.clamp(min=0)][:, None]              # (B, heads, T)
             score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
         attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
@@ -232,7 +292,7 @@ class LatentWire(nn.Module):
         weight = lm.get_input_embeddings().weight
         rms = weight.float().pow(2).mean().sqrt().item()
         if config.encoder != "text":
-            self.encoder = Encoder(config.encoder, d, config.d_z, config.blocks, config.sharp, lm.config.vocab_size).to(weight.device)
+            self.encoder = Encoder(config.encoder, d, config.d_z, config.blocks, config.sharp, lm.config.vocab_size, config.scope).to(weight.device)
             self.adapter = Adapter(config.d_z, d, rms, residual=config.encoder == "pointer").to(weight.device)
         if config.lora_rank:
             add_lora(lm, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
@@ -262,15 +322,18 @@ class LatentWire(nn.Module):
                 parts.append(h[:, OVERLAP if start else 0:])
         return torch.cat(parts, 1)
 
-    def encode(self, context, M):
-        """context (B, T) token ids, PAD right; M (B,) -> prefix (B, max M, d), attention (B, max M, T) or None."""
+    def encode(self, context, M, asked=None):
+        """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
+        scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T) or None."""
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
+            if self.config.scope == "asked":
+                raise UserError("--encoder text keeps every token as it is and reads no question; give --scope context")
             return embeds, None
         h = self.hidden(embeds)
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
-        z, attention = self.encoder(h.float(), mask, M, context)
+        z, attention = self.encoder(h.float(), mask, M, context, embeds, asked)
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None
         return self.adapter(z, base), attention
 
@@ -278,7 +341,7 @@ class LatentWire(nn.Module):
         """Weighted loss of a batch, its parts, and what the diagnostics show: answer logits (A, V), prefix, attention.
 
         teacher: the Batch of the same questions behind their text, for weights with kd."""
-        prefix, attention = self.encode(batch.context, batch.latents)
+        prefix, attention = self.encode(batch.context, batch.latents, batch.asked)
         logits = answer_logits(self.lm, batch, prefix)
         teacher_logits = None
         if weights.get("kd"):
@@ -289,9 +352,9 @@ class LatentWire(nn.Module):
 
     forward = loss  # what DDP calls
 
-    def generate(self, tokenizer, rows, context, M, **options):
+    def generate(self, tokenizer, rows, context, M, asked=None, **options):
         """Answers of rows that hold LATENT places, from the latents of context (B, T). See `generate`."""
-        return generate(self.lm, tokenizer, rows, self.encode(context, M)[0], **options)
+        return generate(self.lm, tokenizer, rows, self.encode(context, M, asked)[0], **options)
 
 
 def budget(length, M, ratio=None):
@@ -315,7 +378,7 @@ def check_config(config):
     budgets(config)
     if config.ratio and config.ratio < 1:
         raise UserError(f"--ratio {config.ratio} must be at least 1: it is tokens per latent")
-    for name, known in (("encoder", ("pointer", "query", "pool", "text")), ("scope", ("context", "prompt")), ("prompt", ("plain", "chat"))):
+    for name, known in (("encoder", ("pointer", "query", "pool", "text")), ("scope", ("context", "asked", "prompt")), ("prompt", ("plain", "chat"))):
         if getattr(config, name) not in known:
             raise UserError(f"--{name} {getattr(config, name)} is unknown; there are {', '.join(known)}")
     if config.d_z < 1:
@@ -329,7 +392,8 @@ def check_config(config):
 # Checkpoints
 #
 # A folder:  config.json          format version, WireConfig, identity of the LM it belongs to
-#            model.safetensors    what was trained, float32, by parameter name; never the LM's own weights
+#            model.safetensors    what was trained, by parameter name; never the LM's own weights. float32, or float16 in ckpt/best,
+#                                 which is read and passed on, not trained further
 #            state.json, optimizer.safetensors    where training stood (written and read by train.py)
 #            manifest.json        SHA-256 of each of the files above
 #
@@ -345,14 +409,15 @@ class Checkpoint:
     checksum: str    # of the trained weights
 
 
-def save_checkpoint(folder, wire, tensors=None, state=None):
-    """Write a checkpoint folder whole or not at all. tensors: the optimizer's, by name; state: what goes into state.json."""
+def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32):
+    """Write a checkpoint folder whole or not at all. tensors: the optimizer's, by name; state: what goes into state.json;
+    dtype: of the stored weights."""
     folder = Path(folder)
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        _write_checkpoint(part, wire, tensors, state)
+        _write_checkpoint(part, wire, tensors, state, dtype)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error})") from None
@@ -362,9 +427,9 @@ def save_checkpoint(folder, wire, tensors=None, state=None):
     os.rename(part, folder)
 
 
-def _write_checkpoint(part, wire, tensors, state):
+def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    save_file({name: p.detach().cpu().contiguous() for name, p in wire.trainable().items()}, part / "model.safetensors")
+    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.trainable().items()}, part / "model.safetensors")
     write_atomic(part / "config.json", json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
     if state is not None:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")

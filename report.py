@@ -21,9 +21,9 @@ from data import Parser, UserError, log, read_lines, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
          "token_budget": "Token budget", "truncated": "Truncated context",
-         "selective": "Selective-Context", "question_only": "Question only", "text_lora": "Text, LoRA on",
+         "selective": "Selective-Context", "matched": "Nearest to the question", "question_only": "Question only", "text_lora": "Text, LoRA on",
          "token_budget_lora": "Token budget, LoRA on", "truncated_lora": "Truncated context, LoRA on",
-         "selective_lora": "Selective-Context, LoRA on", "latent": "**Latents**",
+         "selective_lora": "Selective-Context, LoRA on", "matched_lora": "Nearest to the question, LoRA on", "latent": "**Latents**",
          "latent_shuffled": "Latents of another context"}
 
 

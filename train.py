@@ -86,7 +86,7 @@ PRESETS = {
 }
 SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, pack=5, lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", first=0.5, entropy=0.0)
 PRESETS["demo"] = dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, ramp=0.6, eval_samples=50, eval_every=0, log_every=5, out="runs/demo")
-PRESETS["squad"] = dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
+PRESETS["squad"] = dict(SMOLLM, scope="asked", ramp=0.0, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
 
 
 def parse_config(argv=None):
@@ -318,12 +318,12 @@ def train(config, rank, world, device, dtype, why, stack):
     items, dev = load_items(config, prompt)
     groups = group_by_context(items)
     lengths = [len(item.context) for item in items]
-    per_row = min(config.pack, micro) if config.scope == "context" else 1  # in prompt scope no two questions share latents
+    per_row = min(config.pack, micro) if config.scope == "context" else 1  # elsewhere no two questions share latents
     plan = lambda epoch: epoch_plan(groups, lengths, config.batch, micro, config.seed, epoch, per_row)
     total = sum(len(plan(epoch)) for epoch in range(config.epochs))
 
     if config.encoder == "pointer":
-        wire.encoder.count_tokens(prompt.source(items[group[0]], config.scope) for group in groups)
+        wire.encoder.count_tokens(items[group[0]].context for group in groups)
 
     # resume
     state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
@@ -384,7 +384,7 @@ def train(config, rank, world, device, dtype, why, stack):
         low, high = scores["f1_ci95"]
         note(f"step {state['step']}: dev latent F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM {100 * scores['em']:.1f}, "
              f"{scores['distinct_first_words']} distinct first words of {len(dev)}")
-        if scores["f1"] > state["best_f1"] and keep("ckpt/best", save_checkpoint, out / "ckpt" / "best", wire):
+        if scores["f1"] > state["best_f1"] and keep("ckpt/best", save_checkpoint, out / "ckpt" / "best", wire, None, None, torch.float16):
             state["best_f1"] = scores["f1"]
 
     stopping = []
