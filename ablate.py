@@ -5,9 +5,8 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
     python ablate.py --data train-v1.1.json.gz --eval_data dev-v1.1.json.gz  # the same from files
     python ablate.py --cells base,query,pool                                 # some of the cells
 
-Every cell trains on the same questions with the same seed (packed by paragraph; prompt scope cannot pack), then answers the same questions. A cell whose
-questions cost more or less time than the base's is run a second time for the base's wall clock, so that the table has both
-comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
+Every cell trains on the same questions with the same seed, then answers the same questions. A cell whose questions cost more
+or less time than the base's is run a second time for the base's wall clock, so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
 Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
 import json
@@ -15,16 +14,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data import Parser, UserError, log, run_main, write_atomic
+from data import Parser, UserError, find_row, log, run_main, write_atomic
 
 CELLS = {  # name: what train.py gets beside the recipe
     "base": "",
-    "text": "--encoder text",
+    "text": "--encoder text --scope context",
     "query": "--encoder query",
     "pool": "--encoder pool",
+    "context scope": "--scope context --ramp 0.3",
     "prompt scope": "--scope prompt",
     "no LoRA": "--lora_rank 0",
-    "no ramp": "--ramp 0",
+    "ramp 0.3": "--ramp 0.3",
     "no first": "--first 0",
     "first 3": "--first 3",
     "entropy 0.5": "--entropy 0.5",
@@ -34,7 +34,7 @@ CELLS = {  # name: what train.py gets beside the recipe
     "M = 64": "--latents 64",
     "elastic": "--latents 8,16,32,64",
 }
-OTHER_COST = ("text", "prompt scope", "M = 64", "kd 0.5")  # these take another time per question
+OTHER_COST = ("text", "context scope", "prompt scope", "M = 64", "kd 0.5")  # these take another time per question
 
 
 def parse_args(argv=None):
@@ -60,7 +60,7 @@ def run_cell(name, flags, out):
         call("train.py", "--preset", args.preset, "--data", args.data, "--samples", args.samples, "--epochs", 1, "--eval_samples", 25,
              "--eval_every", 0, "--resume", "--out", folder, *flags.split())
     metrics = folder / "eval" / "metrics.json"
-    rows = {"base": ["latent", "latent_shuffled", "anchor", "text_lora", "truncated_lora", "selective_lora"],
+    rows = {"base": ["latent", "latent_shuffled", "text_lora", "truncated_lora", "selective_lora", "matched_lora"],
             "elastic": ["latent", "latent@8", "latent@16", "latent@32", "latent@64"]}.get(name, ["latent"])
     found = json.loads(metrics.read_text()) if metrics.exists() else {}
     todo = [row for row in rows if row not in found and row not in found.get("embedding_baselines", {})]
@@ -81,11 +81,11 @@ def table(folders):
     for (name, budget), folder in folders.items():
         metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
-        for row in ("latent", "latent_shuffled", "anchor", "text_lora", "truncated_lora", "selective_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
-            entry = metrics.get("embedding_baselines", {}).get(row, {}).get("metrics") or metrics.get(row)
-            if not entry:
+        for row in ("latent", "latent_shuffled", "text_lora", "truncated_lora", "selective_lora", "matched_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
+            found = find_row(metrics, row, metrics["lm"])
+            if not found:
                 continue
-            s = entry[metrics["lm"]]
+            s, _ = found
             label = name if row == "latent" else f"{name}: {row}"
             M = row.partition("@")[2] or ("T" if metrics["is_text"] else metrics["latent_len"])
             f1, em = (f"{100 * s[key]:.1f} [{100 * s[key + '_ci95'][0]:.1f}, {100 * s[key + '_ci95'][1]:.1f}]" for key in ("f1", "em"))

@@ -111,6 +111,16 @@ def read_lines(path):
     return records
 
 
+def find_row(metrics, row, lm):
+    """(scores, wall clock in s or None) of a row in a metrics.json, or None where it has no such row."""
+    baseline = metrics.get("embedding_baselines", {}).get(row)
+    if baseline:
+        wall = baseline.get("wall_clock_sec")
+        return baseline["metrics"][lm], wall.get(lm) if isinstance(wall, dict) else wall
+    entry = metrics.get(row)
+    return (entry[lm], entry.get("wall_clock_sec")) if isinstance(entry, dict) and lm in entry else None
+
+
 def whole(text):
     """Lone surrogates, which JSON can spell but UTF-8 cannot, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

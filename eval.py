@@ -34,7 +34,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import Parser, UserError, log, run_main
+from data import Parser, UserError, find_row, log, run_main
 
 PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "matched", "question_only")
 TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "matched_lora", "latent", "latent_shuffled", "adapter")
@@ -310,15 +310,6 @@ def place_row(metrics, row, name, result):
             metrics[row]["wall_clock_ready_sec"] = ready
 
 
-def find_row(metrics, row, name):
-    """(scores, wall clock in s) of a row in metrics.json, or None."""
-    entry = metrics.get("embedding_baselines", {}).get(row)
-    if entry:
-        return entry["metrics"][name], entry["wall_clock_sec"][name]
-    entry = metrics.get(row)
-    return (entry[name], entry["wall_clock_sec"]) if entry else None
-
-
 def table(metrics, name):
     """The rows evaluated so far, scores in percent with 95% intervals."""
     own = sorted((key for key in metrics if "@" in key), key=lambda key: (key.split("@")[0], key.split("@")[1].zfill(4)))
@@ -451,15 +442,15 @@ def main():
                     **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")}, "bytes": payload_bytes(values, kind)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
+            comparison = compare(metrics, records, upper)
             write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
     size = "M = T" if metrics["is_text"] else f"M = T / {ratio:g}" if ratio else f"M = {M}"
     lines = [f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, {size}", table(metrics, name)]
     if args.data == "synthetic":
         chance = synthetic_chance([item.example for item in items])
         lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
-    lines += compare(metrics, records, upper) + [f"written to {out / 'eval'}"]
+    lines += comparison + [f"written to {out / 'eval'}"]
     print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
-    write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def read_upper(folder, fingerprint):

@@ -17,7 +17,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import Parser, UserError, log, read_lines, run_main, write_atomic
+from data import Parser, UserError, find_row, log, read_lines, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
          "token_budget": "Token budget", "truncated": "Truncated context",
@@ -65,15 +65,9 @@ class Run:
 
     def _rows(self):
         """{row: (scores, wall clock in s)} in the order of NAMES, then latents at other budgets."""
-        m, found = self.metrics, {}
-        for row in [*NAMES, *sorted((key for key in m if "@" in key), key=lambda key: key.split("@")[1].zfill(4))]:
-            baseline = m.get("embedding_baselines", {}).get(row)
-            if baseline:
-                wall = baseline.get("wall_clock_sec")
-                found[row] = (baseline["metrics"][self.lm], wall.get(self.lm) if isinstance(wall, dict) else wall)
-            elif isinstance(m.get(row), dict) and self.lm in m[row]:
-                found[row] = (m[row][self.lm], m[row].get("wall_clock_sec"))
-        return found
+        rows = [*NAMES, *sorted((key for key in self.metrics if "@" in key), key=lambda key: key.split("@")[1].zfill(4))]
+        found = {row: find_row(self.metrics, row, self.lm) for row in rows}
+        return {row: value for row, value in found.items() if value}
 
     def last(self, key, default=None):
         """A value of the last diagnostics record: of the model, or of the step."""

@@ -81,12 +81,15 @@ class Config(WireConfig):
 
 
 PRESETS = {
-    "default": {},  # the recommended run of the specification
-    "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
+    "default": dict(scope="asked", ramp=0.0),  # the recommended run of the specification, with the recipe measured here
+    "smoke": dict(scope="asked", ramp=0.0, samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
 }
 SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, pack=5, lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", first=0.5, entropy=0.0)
 PRESETS["demo"] = dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, ramp=0.6, eval_samples=50, eval_every=0, log_every=5, out="runs/demo")
 PRESETS["squad"] = dict(SMOLLM, scope="asked", ramp=0.0, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
+
+
+TOPICS = {"the LM and its prompt": "lm", "the wire": "scope", "data": "data", "optimizer": "epochs", "loss mix": "tf", "the run": "preset"}  # their first flags
 
 
 def parse_config(argv=None):
@@ -98,6 +101,12 @@ def parse_config(argv=None):
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[preset])
+    for topic, first in TOPICS.items():  # --help in groups
+        group, flags = parser.add_argument_group(topic), [action.dest for action in parser._actions]
+        last = min((flags.index(other) for other in TOPICS.values() if flags.index(other) > flags.index(first)), default=len(flags))
+        for action in parser._actions[flags.index(first):last]:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
     config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0], list(parser._option_string_actions)))
@@ -245,13 +254,13 @@ def main():
         if device.type == "cuda":
             device = torch.device("cuda", local)
             torch.cuda.set_device(device)
-        if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
-            stack.callback(dist.destroy_process_group)
         try:
+            if world > 1:
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
+                stack.callback(dist.destroy_process_group)
             return train(config, rank, world, device, dtype, why, stack)
         except RuntimeError as error:
-            if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
                 raise UserError(f"process {rank} lost another one ({str(error).splitlines()[0][:120]}); nothing after {config.out}/ckpt/last is kept: "
                                 "go on with --resume, which torchrun --max_restarts=3 does by itself") from None
             raise
@@ -318,6 +327,7 @@ def train(config, rank, world, device, dtype, why, stack):
     items, dev = load_items(config, prompt)
     groups = group_by_context(items)
     lengths = [len(item.context) for item in items]
+    sizes = budgets(config)
     per_row = min(config.pack, micro) if config.scope == "context" else 1  # elsewhere no two questions share latents
     plan = lambda epoch: epoch_plan(groups, lengths, config.batch, micro, config.seed, epoch, per_row)
     total = sum(len(plan(epoch)) for epoch in range(config.epochs))
@@ -418,7 +428,7 @@ def train(config, rank, world, device, dtype, why, stack):
             for i, rows in enumerate(mine):
                 rows = [[items[j] for j in row] for row in rows]
                 # One of --latents for each micro-batch, the same whichever process gets it.
-                M = None if config.ratio else random.Random(f"{config.seed} {state['step']} {rank + i * world}").choice(budgets(config))
+                M = None if config.ratio else random.Random(f"{config.seed} {state['step']} {rank + i * world}").choice(sizes)
                 batch = collate(prompt, rows, config.scope, count).to(device)
                 teacher = collate(prompt, rows, config.scope, None).to(device) if config.kd else None
                 # Gradients travel once a step, with the last micro-batch.
