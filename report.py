@@ -237,6 +237,9 @@ def preserve(run, folder, name):
     for source in [*sorted((run.folder / "logs").glob("*")), run.folder / "config.json", *sorted((run.folder / "eval").glob("metrics*"))]:
         text = without_paths(source.read_text(encoding="utf-8"))
         write_atomic(part / source.relative_to(run.folder), text)
+    for chart in figures([run]):  # a README's picture
+        if "F1 of every row" in chart:
+            write_atomic(part / "rows.svg", chart)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in run.predictions[:KEEP_PREDICTIONS]]
     write_atomic(part / "eval" / "predictions.jsonl", "".join(lines))
     part.rename(kept)

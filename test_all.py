@@ -1141,6 +1141,26 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path):
     assert "neither" in run("report.py", tmp_path, code=2).stderr
 
 
+@pytest.mark.slow
+@needs_smollm
+@pytest.mark.skipif(not list(HERE.glob("preserved_data/*/ckpt/manifest.json")), reason="no preserved run in this checkout")
+@needs_squad
+def test_the_preserved_run_is_reproduced():
+    """100 questions of real SQuAD through the preserved checkpoint: the answers that it was preserved with."""
+    kept = sorted(HERE.glob("preserved_data/*/ckpt"))[-1].parent
+    metrics, records = json.loads((kept / "eval" / "metrics.json").read_text()), report.read_lines(kept / "eval" / "predictions.jsonl")
+    saved, (lm, tokenizer) = read_checkpoint(kept / "ckpt"), load_lm("smollm2-135m", device="cpu")
+    assert saved.checksum == metrics["ckpt_sha256"]
+    wire, prompt = load_wire(saved, lm).eval(), Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
+    items = prompt.items(load_data(str(SQUAD / metrics["dataset"]), "dev", metrics["samples"], metrics["seed"])[:100])
+    assert [item.example.id for item in items] == [record["id"] for record in records[:100]]
+    answers = evaluate_row("latent", lm, tokenizer, prompt, items, wire)["answers"]
+    # Another batch or another CPU rounds otherwise, which may tip a token where two are nearly as likely.
+    assert sum(answer == record["latent"] for answer, record in zip(answers, records)) >= 97
+    size = sum(path.stat().st_size for path in (kept / "ckpt").iterdir())
+    assert size <= 25 * 2**20 and len(records) == 200
+
+
 def test_report_reads_the_specifications_run(tmp_path):
     theirs = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke"
     if not theirs.exists():
@@ -1160,6 +1180,19 @@ def test_ask_answers_and_refuses(trained, tmp_path):
     assert typed.returncode == 0 and len(typed.stdout.splitlines()) == 2
     (tmp_path / "empty.txt").write_text(" ")
     assert "is empty" in run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "empty.txt", code=2).stderr
+
+
+@pytest.mark.slow
+def test_ask_with_a_wire_that_reads_the_question(tiny, tmp_path):
+    run("train.py", "--lm", tiny, *FLAGS, "--samples", "48", "--scope", "asked", "--out", tmp_path / "run")
+    ckpt = tmp_path / "run" / "ckpt" / "best"
+    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. Clara Dahl was born in Oslo and works as a baker.")
+    ask = ["ask.py", "--ckpt", ckpt, "--context", tmp_path / "doc.txt", "--device", "cpu"]
+    out = run(*ask, "--question", "Where was Anna Bell born?")
+    assert "encoded for each question" in out.stderr and len(out.stdout.splitlines()) == 1
+    shown = run(*ask, "--question", "Where was Anna Bell born?", "--inspect").stdout
+    assert "in 8 latents" in shown and "Question:" not in shown.split("latent ")[0]  # the document alone is shaded
+    assert "makes latents for one question (--scope asked)" in run(*ask, "--save", tmp_path / "x.safetensors", code=2).stderr
 
 
 @pytest.mark.slow
