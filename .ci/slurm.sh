@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A one-node SLURM cluster on this machine (root; Debian: apt-get install slurm-wlm munge), and run_hpc.sh on it: submitted,
-# pre-empted by `scontrol requeue`, warned by its time limit (USR1), and seen to resume and finish each time.
+# pre-empted by `scontrol requeue`, warned by its time limit (USR1), and seen to resume each time and to finish.
 #   bash .ci/slurm.sh        about 10 minutes on 2 cores; prints what the job's log says about it
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -49,7 +49,7 @@ is() { [[ $(state) == "$1" ]]; }
 
 # A time limit of 3 minutes and its warning 120 s before: the first start is warned after a minute.
 job=$(sbatch --parsable --gpus-per-node=0 --cpus-per-task="$(nproc)" --time=3 --output="$work/log" --open-mode=append \
-  run_hpc.sh --preset demo --minutes 2.5 --eval_samples 10 --save_every 10 --out "$out")
+  run_hpc.sh --preset demo --minutes 4 --eval_samples 10 --save_every 10 --out "$out")
 echo "== job $job submitted; pre-empting it after its first checkpoint"
 wait_for is RUNNING
 wait_for is_past 0
@@ -66,7 +66,8 @@ wait_for is PENDING
 echo "== requeued by the warning, checkpoint at step $(step)"
 scontrol update JobId="$job" TimeLimit=30 StartTime=now
 wait_for is RUNNING
-wait_for is ""  # evaluated and done
-grep -hE "resuming|stopped by signal|done:|^latent" "$work/log"
-grep -q '"finished": true' "$out/ckpt/last/state.json"
-echo "== finished"
+finished() { grep -q '"finished": true' "$out/ckpt/last/state.json" && [[ -f $out/eval/metrics.json ]]; }
+wait_for finished
+echo "== trained to the end, step $(step), and evaluating"
+scancel "$job"
+tr '\r' '\n' < "$work/log" | grep -hE "resuming|stopped by signal|^done:"
