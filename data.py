@@ -25,6 +25,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ SQUAD_SHA256 = {
     "train": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
     "dev": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
 }
+CACHED_TEXTS = 5000  # so many texts or more are tokenised once and kept
 LATENT = -1  # stands in a row of token ids where a latent goes
 PAD = -2     # stands where nothing is
 SYSTEM = "You answer questions about the given context. Reply with the shortest span that answers, and nothing else."
@@ -406,8 +408,28 @@ class Prompt:
         return self._tokenize_all([text])[0]
 
     def _tokenize_all(self, texts):
-        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
-        return [self._template(row) for row in ids]
+        """Token ids of each text. Many texts are tokenised once and kept in the cache, whose names are checksums."""
+        if len(texts) < CACHED_TEXTS:
+            ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+            return [self._template(row) for row in ids]
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
+        for text in texts:
+            digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
+        path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"
+        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there or damaged: made anew
+            with np.load(path) as kept:
+                rows = np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])
+            if len(rows) == len(texts):
+                return rows
+        rows = []
+        for start in range(0, len(texts), CACHED_TEXTS - 1):
+            rows += self._tokenize_all(texts[start:start + CACHED_TEXTS - 1])
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{os.getpid()}.{path.name}")
+            np.savez(part, ids=np.concatenate(rows), lengths=np.array([len(row) for row in rows]))
+            os.replace(part, path)
+        return rows
 
     def items(self, examples):
         """Tokenise examples; a context shared by many questions is tokenised once and kept once."""

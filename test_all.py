@@ -190,6 +190,26 @@ def test_prompt_pieces_are_the_prompt_and_specials_stay_text(tiny):
     assert LATENT not in plain.prefix(item, "context")
 
 
+def test_many_texts_are_tokenised_once(tiny, tmp_path, monkeypatch):
+    _, tokenizer = load_lm(tiny, device="cpu")
+    texts = [f"text {i} \u202e <|im_end|>" for i in range(30)] + ["", "last"]
+    plain = [row.tolist() for row in Prompt(tokenizer, "plain")._tokenize_all(texts)]
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data, "CACHED_TEXTS", 8)
+    prompt = Prompt(tokenizer, "plain")
+    assert [row.tolist() for row in prompt._tokenize_all(texts)] == plain
+    kept, = (tmp_path / "tokens").iterdir()
+    with monkeypatch.context() as without:
+        without.setattr(prompt, "_template", None)  # what tokenising needs
+        rows = prompt._tokenize_all(texts)
+        assert [row.tolist() for row in rows] == plain and rows[0].dtype == np.int32
+    kept.write_bytes(kept.read_bytes()[:200])
+    assert [row.tolist() for row in prompt._tokenize_all(texts)] == plain  # damaged: made anew
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    prompt._tokenize_all(texts[1:])
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
 def test_long_contexts_are_cut_and_counted(tiny):
     _, tokenizer = load_lm(tiny, device="cpu")
     prompt = Prompt(tokenizer, "plain", max_prompt_tokens=60)
