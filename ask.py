@@ -225,7 +225,7 @@ def main():
     text = read_text(args.context) if args.context else None
     saved = read_checkpoint(args.ckpt)
     scope = saved.config.scope
-    if scope == "prompt" or scope == "asked" and (args.save or args.load):
+    if not args.export and (scope == "prompt" or scope == "asked" and (args.save or args.load)):
         raise UserError(f"--ckpt {args.ckpt} makes latents for one question (--scope {scope}); " +
                         ("a saved document" if scope == "asked" else "a document that is asked many times") + " needs a wire trained with --scope context")
     lm, tokenizer = load_lm(saved.config.lm, device=args.device)
@@ -239,7 +239,8 @@ def main():
         log(f"{args.load}: {prefix.shape[1]} latents, {Path(args.load).stat().st_size:,} bytes")
     else:
         began = time.perf_counter()
-        document = prompt.items([Example("", text, args.question or "", ("",))])[0]
+        question = whole(args.question or "") if scope == "asked" else ""  # it takes some of the prompt's room
+        document = prompt.items([Example("", text, question, ("",))])[0]
         M = wire.count(len(document.context), args.latents, args.ratio)
         prompt.report_cuts(args.context)
         if args.inspect:
@@ -256,7 +257,10 @@ def main():
     for question in questions():
         began = time.perf_counter()
         if len(prompt.tokenize(question)) > saved.config.max_prompt_tokens // 2:
-            log(f"error: this question of {len(question):,} characters is too long, half of the prompt is the most")
+            too_long = f"a question of {len(question):,} characters is too long; {saved.config.max_prompt_tokens // 2} tokens are the most"
+            if args.question is not None:
+                raise UserError(too_long)
+            log(f"error: {too_long}")
             continue
         asked = prompt.items([Example("", "", question, ("",))])[0]
         latents = prefix if prefix is not None else encode(wire, prompt, [replace(asked, context=document.context)], [M])[0]

@@ -170,7 +170,7 @@ def ordinary(items, prompt, steps):
             mask = context != PAD
             with torch.no_grad(), self.lm.disable_adapter():
                 h = lm(input_ids=context.clamp(min=0), attention_mask=mask.long(), output_hidden_states=True).hidden_states[lm.config.num_hidden_layers // 3]
-            z, attention = self.encoder(h, mask, latents, context)
+            z, attention = self.encoder(h, mask, latents, context, None, None)
             prefix = self.adapter(z, attention @ embed(lm, context))
             return self.lm(inputs_embeds=embed(lm, ids, prefix), attention_mask=attention_mask, labels=labels)
 

@@ -409,14 +409,14 @@ class Prompt:
 
     def _tokenize_all(self, texts):
         """Token ids of each text. Many texts are tokenised once and kept in the cache, whose names are checksums."""
-        if len(texts) < CACHED_TEXTS:
+        if len(texts) < CACHED_TEXTS or not self.tokenizer.is_fast:
             ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
             return [self._template(row) for row in ids]
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
         for text in texts:
             digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
         path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there or damaged: made anew
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there or damaged: made anew
             with np.load(path) as kept:
                 rows = np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])
             if len(rows) == len(texts):
@@ -427,8 +427,11 @@ class Prompt:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{os.getpid()}.{path.name}")
-            np.savez(part, ids=np.concatenate(rows), lengths=np.array([len(row) for row in rows]))
-            os.replace(part, path)
+            try:
+                np.savez(part, ids=np.concatenate(rows), lengths=np.array([len(row) for row in rows]))
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
         return rows
 
     def items(self, examples):

@@ -24,6 +24,7 @@ Evaluate: answer the same questions through every row, and say what each costs.
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
 import json
+import os
 import re
 import string
 import sys
@@ -226,7 +227,8 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
         if uses_latents:
             # The control keeps the question: what a question alone can do is no work of the context's latents.
             given_items = [replace(items[i], context=items[given[i]].context) for i in chunk]
-            sources = [prompt.source(item, scope) for item in given_items]
+            # The adapter alone has not read the question where that stays text.
+            sources = [prompt.source(item, "context" if row == "adapter" and scope == "asked" else scope) for item in given_items]
             m = [wire.count(prompt.replaced(item, scope), M, ratio) for item in given_items]
             context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
             asked = torch.tensor([prompt.lead(item, scope) for item in given_items], device=device)
@@ -414,7 +416,7 @@ def main():
                 del place[row]
         metrics["ckpt_sha256"] = saved.checksum
     metrics.update({
-        "samples": n, "max_new_tokens": args.max_new_tokens, "latent_len": M, "device": device.type, "dtype": str(dtype),
+        "samples": n, "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype),
         "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed, **provenance(),
         "avg_prompt_tokens": {name: float(np.mean([len(prompt.text(item)) for item in items]))},
         "debug": {name: {"latent_anchor_text": tokenizer.decode(prompt.anchor)},
@@ -423,8 +425,9 @@ def main():
                                "embedding_baseline_modes": ["raw", "anchor", "adapter"]}},
     })
     if "latent" not in metrics:
-        metrics["compression"] = {name: metrics["avg_prompt_tokens"][name] / M}
-    metrics["is_text"] = bool(config and config.encoder == "text")
+        metrics["latent_len"], metrics["compression"] = M, {name: metrics["avg_prompt_tokens"][name] / M}
+    if config or "is_text" not in metrics:
+        metrics["is_text"] = bool(config and config.encoder == "text")
     upper = read_upper(args.upper, fingerprint) if args.upper else None
     records = earlier or [
                {"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)} for item in items]
@@ -494,8 +497,9 @@ def writable(folder):
     """Raise UserError now, not after an hour of answers, where a folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".probe").touch()
-        (folder / ".probe").unlink()
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {folder.parent} cannot be written ({error.strerror}); give another folder") from None
 

@@ -149,7 +149,10 @@ def _converted(gguf):
         log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set LATENTWIRE_CACHE to a folder of yours")
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        write(folder)
+        try:
+            write(folder)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder} cannot be written either ({error}); set TMPDIR to a folder with 600 MB of room") from None
         return folder
     try:
         os.rename(part, folder)

@@ -57,15 +57,16 @@ class WireConfig:
 def spread(log_density, mask, M):
     """How many latents each token gets (B, T): M (B,) shared out in proportion to exp(log_density) (B, T), but none more than
     one to a token: what the largest cannot take goes to the others."""
-    log_density = log_density.masked_fill(~mask, float("-inf"))
-    full = torch.zeros_like(mask)
+    log_density, M = log_density.masked_fill(~mask, float("-inf")), M[:, None]
+    with torch.no_grad():  # which tokens are full: from the largest down, each as long as its part of what is left is one
+        ordered, index = log_density.sort(1, descending=True)
+        left = (M - torch.arange(mask.shape[1], device=M.device)).clamp(min=1e-9).log()
+        is_full = (left + ordered - ordered.flip(1).logcumsumexp(1).flip(1) >= -1e-6).cumprod(1).bool()
+        full = torch.zeros_like(mask).scatter(1, index, is_full)
     # -1e4, not -inf: where every token is full there must be something left to divide the nothing among
-    rest = lambda: (M - full.sum(1))[:, None] * log_density.masked_fill(full, -1e4).softmax(1)
-    with torch.no_grad():
-        for _ in range(16):
-            full = full | (rest() >= 1)
-    share = torch.where(full, 1.0, rest()).clamp(max=1)
-    return share * (M / share.sum(1))[:, None]
+    rest = (M - full.sum(1, keepdim=True)) * log_density.masked_fill(full, -1e4).softmax(1)
+    share = torch.where(full, 1.0, rest).clamp(max=1)
+    return share * (M / share.sum(1, keepdim=True))
 
 
 def rare(counts):
@@ -75,17 +76,18 @@ def rare(counts):
 
 
 def nearness(embeds, mask, asked, rarity):
-    """Which share of the question's words, weighted by rarity (B, T), stands near each token, 0..1: (B, T). embeds (B, T, d)
-    and mask (B, T): the LM's input embeddings of a question of asked (B,) tokens and the text after it. Two words are as
-    alike as their squared cosine; near is within some 16 tokens. A token of the question is near all of it."""
+    """Which share of the question's words, weighted by rarity (B, T), stands near each token, 0 to about 1/2: (B, T). embeds
+    (B, T, d) and mask (B, T): the LM's input embeddings of a question of asked (B,) tokens and the text after it. Two words
+    are as alike as their squared cosine; near fades out over 24 tokens. The question's own tokens get the text's highest."""
     T, Q = embeds.shape[1], int(asked.max())
     own = torch.arange(T, device=embeds.device) < asked[:, None]                  # (B, T) the question's tokens
     with torch.no_grad():
         e, text = F.normalize(embeds.float(), dim=-1), (mask & ~own)[:, None]
         alike = (e[:, :Q] @ e.transpose(1, 2)).clamp(min=0) ** 2 * text           # (B, Q, T)
-        near = F.avg_pool1d(F.max_pool1d(alike, 17, 1, 8) * text, 33, 1, 16).masked_fill(own[:, None], 1.0)
+        near = F.avg_pool1d(F.max_pool1d(alike, 17, 1, 8) * text, 33, 1, 16)
     weight = rarity[:, :Q] * own[:, :Q]
-    return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
+    near = ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
+    return torch.where(own, near.amax(1, keepdim=True), near)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -178,8 +180,10 @@ class Encoder(nn.Module):
             mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= asked[:, None])
         if self.kind != "pointer" or self.scope == "context":
             return mask * (M / mask.sum(1))[:, None], mask
-        near = nearness(embeds, read, asked, F.relu(self.rarity[ids.clamp(min=0)]))
-        return spread(self.density(x).squeeze(-1) + ZOOM * self.zoom * near, mask, M), mask
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round log-densities of 16 to eighths
+            near = nearness(embeds, read, asked, F.relu(self.rarity[ids.clamp(min=0)]))
+            log_density = self.density(x.float()).squeeze(-1) + ZOOM * self.zoom * near
+        return spread(log_density, mask, M), mask
 
     def forward(self, h, mask, M, ids, embeds, asked):
         """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T), embeds (B, T, d) the LM's input embeddings, asked
@@ -312,7 +316,8 @@ class LatentWire(nn.Module):
     @torch.no_grad()  # frozen layers keep no graph
     def hidden(self, embeds):
         """Input embeddings (B, T, d) -> hidden states after the first k layers of the plain LM. A long text goes through them
-        in chunks that overlap, since their attention is what grows with the square of T."""
+        in chunks that overlap, since their attention is what grows with the square of T. (A question in front is seen by the
+        first chunk; the encoder's own blocks see all.)"""
         parts, T = [], embeds.shape[1]
         with lora_off(self.lm):
             for start in range(0, max(1, T - OVERLAP), CHUNK - OVERLAP):
@@ -328,8 +333,6 @@ class LatentWire(nn.Module):
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
-            if self.config.scope == "asked":
-                raise UserError("--encoder text keeps every token as it is and reads no question; give --scope context")
             return embeds, None
         h = self.hidden(embeds)
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
@@ -381,6 +384,8 @@ def check_config(config):
     for name, known in (("encoder", ("pointer", "query", "pool", "text")), ("scope", ("context", "asked", "prompt")), ("prompt", ("plain", "chat"))):
         if getattr(config, name) not in known:
             raise UserError(f"--{name} {getattr(config, name)} is unknown; there are {', '.join(known)}")
+    if config.encoder == "text" and config.scope == "asked":
+        raise UserError("--encoder text keeps every token as it is and reads no question: give --scope context with it")
     if config.d_z < 1:
         raise UserError(f"--d_z {config.d_z} must be at least 1")
     for name in ("lora_rank", "blocks", "depth"):

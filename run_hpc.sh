@@ -120,7 +120,8 @@ ablate)
   child=$!
   trap 'kill -TERM $child; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
   wait $child
-  data=$("$python" -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["eval_data"] or c["data"])' "$out/config.json")
+  data=$out/held_out.jsonl  # of a training file; else the dev split
+  [[ -f "$data" ]] || data=$("$python" -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["eval_data"] or c["data"])' "$out/config.json")
   "$python" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out"
   ;;
 *)

@@ -156,7 +156,9 @@ def load_items(config, prompt):
     else:
         train, held, what = hold_out(short(prompt.items(examples)), config.eval_samples)
         dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
-        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions")
+        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in {config.out}/held_out.jsonl")
+        if os.environ.get("RANK", "0") == "0":
+            write_atomic(Path(config.out) / "held_out.jsonl", "".join(json.dumps(asdict(item.example)) + "\n" for item in held))
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
         groups = group_by_context(train)
@@ -261,7 +263,7 @@ def main():
             return train(config, rank, world, device, dtype, why, stack)
         except RuntimeError as error:
             if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-                raise UserError(f"process {rank} lost another one ({str(error).splitlines()[0][:120]}); nothing after {config.out}/ckpt/last is kept: "
+                raise UserError(f"process {rank} lost another one ({' '.join(str(error).split())[:120]}); nothing after {config.out}/ckpt/last is kept: "
                                 "go on with --resume, which torchrun --max_restarts=3 does by itself") from None
             raise
 
@@ -496,7 +498,8 @@ def train(config, rank, world, device, dtype, why, stack):
         if not save() or not state["finished"]:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
     bar.close()
-    log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best --data {config.eval_data or config.data}")
+    unseen = out / "held_out.jsonl" if (out / "held_out.jsonl").exists() else config.eval_data or config.data
+    log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best --data {unseen}")
 
 
 if __name__ == "__main__":
