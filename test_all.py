@@ -921,6 +921,27 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     assert "--lr was 0.01, goes on as 0.005" in more.stderr and len(diagnostics_of(out)) > 1.5 * steps
 
 
+def test_gradient_checkpointing_keeps_less(tiny):
+    wire, prompt, items = make_wire(tiny)
+    batch, kept = collate(prompt, [[item] for item in items[:4]], "context", wire.count), []
+    for _ in range(2):
+        kept.append(0)
+        def pack_hook(tensor):
+            kept[-1] += tensor.numel() * (49152 not in tensor.shape)  # not the head and the tables
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+            wire.train().loss(batch, {"tf": 1.0})[0].backward()
+        wire.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert kept[1] < 0.7 * kept[0]
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_weight(tiny, trained, tmp_path):
+    run("train.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", "--grad_checkpoint")
+    plain, checkpointed = weights_of(trained), weights_of(tmp_path / "run")
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tiny, tmp_path):
     out = tmp_path / "run"

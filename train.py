@@ -73,6 +73,7 @@ class Config(WireConfig):
     out: str = option("runs/default", "folder of the run")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights, order and dropout")
+    grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more time")
     log_every: int = option(10, "steps")
     eval_every: int = option(200, "steps between evaluations on the dev slice; 0: at the end alone")
     save_every: int = option(50, "steps between writes of ckpt/last")
@@ -319,6 +320,8 @@ def train(config, rank, world, device, dtype, why, stack):
     prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
     wire = LatentWire(lm, config)
     trainable = wire.trainable()
+    if config.grad_checkpoint:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     if not trainable:
         raise UserError("--encoder text with --lora_rank 0 leaves nothing to train; give --lora_rank 16")
     parts = [([p for name, p in trainable.items() if name.startswith("lm.") == is_lora], lr) for is_lora, lr in ((True, config.lr), (False, config.encoder_lr))]
