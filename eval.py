@@ -62,6 +62,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
+    add("--shard", action="store_true", help="under torchrun: spread the LM over the processes, for one that is too large for a GPU")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
     add("--json", action="store_true", help="print metrics.json in place of the table")
@@ -73,10 +74,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import PAD, Prompt, append_line, load_data, pad, synthetic_chance, write_atomic
-from lm import embed, generate, load_lm, lora_off, pick_device
+from lm import embed, generate, join, load_lm, lora_off, pick_device, shard
 from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, nearness, payload_bytes, quantise, rare, read_checkpoint
 
 
@@ -388,13 +390,22 @@ def main():
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
-    writable(out / "eval")
+    master = os.environ.get("RANK", "0") == "0"
+    if master:
+        writable(out / "eval")
     config = saved.config if saved else None
     lm_name = args.lm or (config.lm if config else "smollm2-135m")
-    lm, tokenizer = load_lm(lm_name, device=args.device)
+    device, dtype, why = pick_device(args.device)
+    if args.shard:
+        device = join(device, 15)
+        if not saved:
+            raise UserError("--shard needs --ckpt: it is for trained wires")
+    lm, tokenizer = load_lm(lm_name, dtype, "cpu" if args.shard else args.device)
     prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
                     args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
     wire = load_wire(saved, lm).eval() if saved else None
+    if args.shard:
+        shard(wire, device)
     M = args.latents or (max(budgets(config)) if config else 32)
     ratio = args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
     examples = load_data(args.data, args.split, args.samples if args.max_context_tokens is None else None, args.seed)
@@ -403,7 +414,6 @@ def main():
         items = draw_short(items, args)
     prompt.report_cuts(args.data)
     n, name = len(items), Path(lm.name).name
-    device, dtype, why = pick_device(args.device)
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {n} questions; rows: {', '.join(rows)}")
 
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
@@ -431,7 +441,7 @@ def main():
     upper = read_upper(args.upper, fingerprint) if args.upper else None
     records = earlier or [
                {"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)} for item in items]
-    with tqdm(total=n * len(rows), unit="q", smoothing=0.05) as bar:
+    with tqdm(total=n * len(rows), unit="q", smoothing=0.05, disable=not master) as bar:
         for row in rows:
             bar.set_description(row)
             result = evaluate_row(row, lm, tokenizer, prompt, items, wire, M, ratio, args.max_new_tokens, args.batch, bar, args.wire)
@@ -446,14 +456,18 @@ def main():
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             comparison = compare(metrics, records, upper)
-            write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
+            if master:
+                write_results(out, metrics, records, sys.argv[1:], [row])  # after each row: an interrupted run keeps them
     size = "M = T" if metrics["is_text"] else f"M = T / {ratio:g}" if ratio else f"M = {M}"
     lines = [f"\n{name}, {args.data}, n = {n}, prompt {prompt.style}, {size}", table(metrics, name)]
     if args.data == "synthetic":
         chance = synthetic_chance([item.example for item in items])
         lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
     lines += comparison + [f"written to {out / 'eval'}"]
-    print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
+    if master:
+        print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
+    if args.shard:
+        dist.destroy_process_group()
 
 
 def read_upper(folder, fingerprint):

@@ -15,10 +15,12 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -88,6 +90,32 @@ def load_lm(name, dtype=None, device=None):
         lm.generation_config.pad_token_id = tokenizer.eos_token_id
     lm.name = str(name)
     return lm.requires_grad_(False).eval(), tokenizer
+
+
+def join(device, minutes):
+    """Join torchrun's other processes: (process group on, this process's device). minutes: how long one waits for another."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    return device
+
+
+def shard(wire, device):
+    """Spread the frozen LM of a wire that was loaded on the CPU over the processes, layer by layer (FSDP2 of PyTorch; the idea
+    is ZeRO-3's, arXiv 1910.02054): each holds its part of every layer and gets the rest while that layer works. What is
+    trained stays whole everywhere, and so do the embeddings and the head."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if not dist.is_initialized():
+        raise UserError("--shard needs several processes: torchrun --nproc_per_node=4 ...")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in wire.lm.model.layers:
+        # Each is its own root, which by default would keep its weights after the forward pass.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    wire.to(device)
 
 
 def _offline():

@@ -975,6 +975,11 @@ def forward(self, *given):
     if calls[0] == 9 and "SUM" in os.environ:  # what this process has learned until then
         with open(os.environ["SUM"] + rank, "w") as f:
             f.write(repr([p.double().sum().item() for p in self.trainable().values()]))
+    if "BYTES" in os.environ:  # of the frozen layers' weights that this process holds
+        local = lambda p: getattr(p, "to_local", lambda: p)()
+        held = sum(local(p).numel() * p.element_size() for p in self.lm.model.layers.parameters() if not p.requires_grad)
+        with open(os.environ["BYTES"] + rank, "w") as f:
+            f.write(str(held))
     if calls[0] == 5 and rank == os.environ.get("ONLY", rank):
         total = total * float(os.environ["FACTOR"])
     return total, parts, seen
@@ -1135,6 +1140,33 @@ def test_two_processes_equal_one(tiny, tmp_path):
     for x, y in zip(a, b):
         assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-4)
         assert x["models"]["tiny"]["prediction_histogram"] == y["models"]["tiny"]["prediction_histogram"]
+
+
+@pytest.mark.slow
+def test_a_sharded_lm_trains_and_answers_the_same(tiny, tmp_path):
+    """Two gloo processes, each with half of the frozen layers: losses, weights and answers of the run with whole LMs."""
+    flags = [{"0.1": "0", "1e-2": "1e-3"}.get(flag, flag) for flag in FLAGS]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    for name, more in (("whole", []), ("shard", ["--shard"])):
+        run(*two, tmp_path / "driver.py", "--lm", tiny, *flags, "--samples", "96", "--save_every", "6", "--out", tmp_path / name, *more,
+            env={**one_thread, "FACTOR": "1", "BYTES": str(tmp_path / f"{name}_bytes")})
+    whole, shard = weights_of(tmp_path / "whole"), weights_of(tmp_path / "shard")
+    assert whole.keys() == shard.keys() and all(torch.allclose(whole[name], shard[name], atol=1e-5) for name in whole)
+    for x, y in zip(diagnostics_of(tmp_path / "whole"), diagnostics_of(tmp_path / "shard"), strict=True):
+        assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-5)
+    for rank in "01":  # of the layers' frozen weights
+        held = [int(Path(f"{tmp_path}/{name}_bytes{rank}").read_text()) for name in ("whole", "shard")]
+        assert held[1] == pytest.approx(held[0] / 2, rel=0.01)
+    # The checkpoint is the same file in either mode: the sharded run goes on alone, and is answered from both ways.
+    run("train.py", "--lm", tiny, *flags, "--samples", "96", "--epochs", "2", "--out", tmp_path / "shard", "--resume")
+    ask = ["eval.py", "--mode", "text,latent", "--ckpt", tmp_path / "shard" / "ckpt" / "best", "--samples", "6", "--max_new_tokens", "4", "--device", "cpu"]
+    run(*ask, "--out", tmp_path / "a")
+    said = run(*two, *ask, "--shard", "--out", tmp_path / "b", env=one_thread)
+    assert said.stdout.count("written to") == 1
+    assert (tmp_path / "a" / "eval" / "predictions.jsonl").read_bytes() == (tmp_path / "b" / "eval" / "predictions.jsonl").read_bytes()
+    assert "needs several processes" in run(*ask, "--shard", "--out", tmp_path / "c", code=2).stderr
 
 
 @pytest.mark.slow

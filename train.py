@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, read_lines, run_main, write_atomic
 from eval import evaluate_row, summary
-from lm import load_lm, pick_device
+from lm import join, load_lm, pick_device, shard
 from model import LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint
 
 
@@ -73,6 +73,7 @@ class Config(WireConfig):
     out: str = option("runs/default", "folder of the run")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights, order and dropout")
+    shard: bool = option(False, "spread the frozen LM over the processes, for one that is too large for a GPU (FSDP2)")
     grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more time")
     log_every: int = option(10, "steps")
     eval_every: int = option(200, "steps between evaluations on the dev slice; 0: at the end alone")
@@ -249,17 +250,14 @@ def restore_optimizer(optimizer, wire, tensors):
 def main():
     config = parse_config()
     # DDP: torchrun sets these
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     device, dtype, why = pick_device(config.device or None)
     with contextlib.ExitStack() as stack:  # what is closed however this ends, so that an error is the last line
         if rank == 0:
             stack.enter_context(claim(Path(config.out)))
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
         try:
+            device = join(device, config.timeout)
             if world > 1:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=config.timeout))
                 stack.callback(dist.destroy_process_group)
             return train(config, rank, world, device, dtype, why, stack)
         except RuntimeError as error:
@@ -316,9 +314,11 @@ def train(config, rank, world, device, dtype, why, stack):
     torch.manual_seed(config.seed)
 
     # model
-    lm, tokenizer = load_lm(config.lm, dtype, str(device))
+    lm, tokenizer = load_lm(config.lm, dtype, "cpu" if config.shard else str(device))
     prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
     wire = LatentWire(lm, config)
+    if config.shard:
+        shard(wire, device)
     trainable = wire.trainable()
     if config.grad_checkpoint:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -389,10 +389,14 @@ def train(config, rank, world, device, dtype, why, stack):
         return not master or keep("ckpt/last", save_checkpoint, last, wire, optimizer_tensors(optimizer, wire), state)
 
     def evaluate():
-        """Dev F1 of the latents; keeps the best checkpoint."""
+        """Dev F1 of the latents; keeps the best checkpoint. A sharded LM answers in all processes at once."""
+        if not master and not config.shard:
+            return
         wire.eval()
         scores = summary(evaluate_row("latent", lm, tokenizer, prompt, dev, wire))
         wire.train()
+        if not master:
+            return
         record = {"kind": "train", "tag": out.name, "global_step": state["step"], "samples_seen": state["seen"], "n": len(dev), **scores,
                   "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
         keep("metrics_history.jsonl", append_line, out / "eval" / "metrics_history.jsonl", json.dumps(record))
@@ -478,7 +482,7 @@ def train(config, rank, world, device, dtype, why, stack):
                     if count > 0.9 * questions and questions >= 32:
                         note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
             due = config.eval_every and state["step"] % config.eval_every == 0 and state["step"] < total
-            if due and master:
+            if due:
                 evaluate()
             if (due or state["step"] % config.save_every == 0) and not state["skipped_in_a_row"]:
                 save()  # after the evaluation, whose best F1 it holds
@@ -495,8 +499,7 @@ def train(config, rank, world, device, dtype, why, stack):
 
     if not state["finished"]:
         save()
-        if master:
-            evaluate()
+        evaluate()
         state["finished"] = state["best_f1"] >= 0 or not master
         if not save() or not state["finished"]:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
