@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data import Parser, UserError, find_row, log, run_main, write_atomic
+from common import Parser, UserError, find_row, log, run_main, write_atomic
 
 CELLS = {  # name: what train.py gets beside the recipe
     "base": "",

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from data import Parser, UserError, log, run_main
+from common import Parser, UserError, log, run_main, write_atomic
 
 
 def parse_args(argv=None):
@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import PAD, Example, Prompt, pack, pad, whole, write_atomic
+from data import PAD, Example, Prompt, pack, pad, whole
 from lm import answer_logits, embed, generate, lm_identity, load_lm
 from model import dequantise, load_wire, payload_bytes, quantise, read_checkpoint
 

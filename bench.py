@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from data import Parser, UserError, log, run_main, write_atomic
+from common import Parser, UserError, log, run_main, write_atomic
 
 PARTS = ("train", "answer", "scale", "ddp", "plan")
 

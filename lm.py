@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from data import CACHE, LATENT, PAD, UserError, log, pad
+from common import UserError, log
+from data import CACHE, LATENT, PAD, pad
 
 
 # ------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data import PAD, UserError, log, write_atomic
+from common import UserError, log, write_atomic
+from data import PAD
 from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 

@@ -17,7 +17,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
-from data import Parser, UserError, find_row, log, read_lines, run_main, write_atomic
+from common import Parser, UserError, find_row, log, read_lines, run_main, write_atomic
 
 NAMES = {"text": "Text baseline", "raw": "Raw embeddings", "anchor": "Anchor embeddings", "adapter": "Adapter (no encoder)",
          "token_budget": "Token budget", "truncated": "Truncated context",

@@ -29,13 +29,14 @@ import data
 import model
 import report
 from ask import load_latents
-from data import LATENT, PAD, Example, Item, Prompt, UserError, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
-from eval import (compare, evaluate_row, exact_match, f1_score, interval, length_batches, most_surprising, nearest_words, other_contexts, ratio_interval,
-                  read_upper, resample, row_ids)
+from common import UserError
+from data import LATENT, PAD, Example, Item, Prompt, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
+from eval import compare, evaluate_row, exact_match, f1_score, interval, length_batches, ratio_interval, read_upper, row_ids
 from lm import LoRALinear, _converted, answer_logits, generate, lm_identity, load_lm, lora_off
 from losses import wire_loss
 from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, nearness, payload_bytes, quantise,
                    read_checkpoint, read_last_good, save_checkpoint, spread)
+from rivals import most_surprising, nearest_words, other_contexts, resample
 from train import Config, hold_out, load_items
 
 HERE = Path(__file__).parent
@@ -754,7 +755,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
     assert not (tmp_path / "exploded").exists()
-    for script in ("data.py", "lm.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
+    for script in ("common.py", "data.py", "rivals.py", "lm.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
         text = (HERE / script).read_text()
         assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
 

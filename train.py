@@ -30,7 +30,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from data import Prompt, UserError, append_line, collate, epoch_plan, group_by_context, load_data, log, nearest, read_lines, run_main, write_atomic
+from common import UserError, append_line, log, nearest, read_lines, run_main, write_atomic
+from data import Prompt, collate, epoch_plan, group_by_context, load_data
 from eval import evaluate_row, summary
 from lm import join, load_lm, pick_device, shard
 from model import LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint

@@ -1,0 +1,101 @@
+"""
+What every script shares: errors of one line, arguments, logs and small files. No torch, so that --help answers at once.
+"""
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line that names the bad value and the fix."""
+
+
+def nearest(flag, known):
+    """A hint for a mistyped flag: "; did you mean --latents?", or nothing."""
+    near = difflib.get_close_matches(flag.split("=")[0], known, 1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's manners: the docstring as it is, defaults in --help, one line for a mistake."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments: "):
+            flag = message.split()[2]
+            message = f"{flag} is not a flag of {self.prog}" + nearest(flag, list(self._option_string_actions))
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def log(message):
+    """One line to stderr from the first process alone: progress goes there, results go to stdout."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def run_main(main):
+    """Run a script's main(): a UserError, or a file that the system refuses, becomes one line and exit code 2, Ctrl-C exit
+    code 130."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a smaller model", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def append_line(path, text):
+    """Add a line to a log, on a line of its own even where a killed process or a full disk left half a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            text = text if f.read(1) == b"\n" else "\n" + text
+        f.write((text + "\n").encode("utf-8"))
+
+
+def read_lines(path):
+    """The objects of a .jsonl log, without what a killed process or a full disk left half written."""
+    records = []
+    if path.exists():
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                with contextlib.suppress(json.JSONDecodeError):
+                    records.append(json.loads(line))
+    return records
+
+
+def find_row(metrics, row, lm):
+    """(scores, wall clock in s or None) of a row in a metrics.json, or None where it has no such row."""
+    baseline = metrics.get("embedding_baselines", {}).get(row)
+    if baseline:
+        wall = baseline.get("wall_clock_sec")
+        return baseline["metrics"][lm], wall.get(lm) if isinstance(wall, dict) else wall
+    entry = metrics.get(row)
+    return (entry[lm], entry.get("wall_clock_sec")) if isinstance(entry, dict) and lm in entry else None
+
+
+def write_atomic(path, text):
+    """Write text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
