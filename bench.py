@@ -38,7 +38,7 @@ def parse_args(argv=None):
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
     p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
     p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
-    p.add_argument("--peak", choices=("ours", "ordinary"), help="measure this contender's peak memory alone, in this process (what `train` calls)")
+    p.add_argument("--peak", choices=("ours", "checkpointed", "ordinary"), help="measure this contender's peak memory alone, in this process (what `train` calls)")
     return p.parse_args(argv)
 
 
@@ -211,20 +211,27 @@ def bench_train():
         wire.lower(inputs_embeds=embeds, attention_mask=None, use_cache=False).last_hidden_state.sum().backward()
         return loss(batch)
 
+    def checkpointed(batch):  # what --grad_checkpoint costs
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        value = loss(batch)
+        lm.gradient_checkpointing_disable()
+        return value
+
     contenders = {OURS: stepper(wire, packed, loss), "  without packing": stepper(wire, single, loss),
                   "  without packing and bucketing": stepper(wire, random, loss),
                   "  with logits of every position": stepper(wire, packed, lambda batch: full_logits_loss(wire, batch)),
-                  "  with a graph under the frozen layers": stepper(wire, packed, graph_below)}
+                  "  with a graph under the frozen layers": stepper(wire, packed, graph_below),
+                  "  with --grad_checkpoint": stepper(wire, packed, checkpointed)}
     times = side_by_side(contenders, args.repeats)
     questions = statistics.mean(batch.size for batch in packed)
     theirs = statistics.median(ordinary(items, prompt, args.repeats + 2)[1:])
     again = statistics.median(seconds(contenders[OURS]) for _ in range(args.repeats))
-    peaks = {name: peak(name) for name in ("ours", "ordinary")}
+    peaks = {name: peak(name) for name in ("ours", "checkpointed", "ordinary")}
     rate = {name: (questions if "packing" not in name else args.batch) / taken for name, taken in times.items()}
     rate["Trainer + peft"] = args.batch / theirs
     base = rate["Trainer + peft"]
     table(["contender", "questions/s", "of Trainer + peft"], [[name, f"{value:.1f}", f"{value / base:.2f}x"] for name, value in rate.items()])
-    print(f"peak memory: ours {peaks['ours']:.2f} GB, Trainer + peft {peaks['ordinary']:.2f} GB ({peaks['ours'] / peaks['ordinary']:.2f}x)")
+    print(f"peak memory: ours {peaks['ours']:.2f} GB, with --grad_checkpoint {peaks['checkpointed']:.2f} GB, Trainer + peft {peaks['ordinary']:.2f} GB ({peaks['ours'] / peaks['ordinary']:.2f}x)")
     flops = step_flops(lm, wire, packed)
     d, hidden = lm.config.hidden_size, lm.config.intermediate_size
     limit = matmul_rate([(packed[0].ids.numel(), d, hidden), (packed[0].ids.numel(), hidden, d), (packed[0].ids.numel(), d, d)])
@@ -258,7 +265,9 @@ def peak_of_steps():
     import resource
     lm, prompt, wire, items = setup()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if args.peak == "ours":
+    if args.peak != "ordinary":
+        if args.peak == "checkpointed":
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
         step = stepper(wire, batches_of(prompt, items, wire, 5), lambda batch: wire.loss(batch, WEIGHTS)[0])
         for _ in range(6):
             step()
