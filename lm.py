@@ -25,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.rendezvous import rendezvous
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -100,7 +101,11 @@ def join(device, minutes):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+        wait = timedelta(minutes=minutes)
+        store, rank, world = next(rendezvous("env://", timeout=wait))
+        # torchrun's store outlives a restart, and in it the addresses of the processes that are gone.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
     return device
 
 

@@ -330,7 +330,9 @@ class LatentWire(nn.Module):
 
     def encode(self, context, M, asked=None):
         """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
-        scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T) or None."""
+        scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T) or None. Raises UserError without them."""
+        if asked is None and self.config.scope != "context" and self.config.encoder != "text":
+            raise UserError(f"a wire of --scope {self.config.scope} must be told how many tokens the question has, which stands in front of the text")
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":

@@ -562,6 +562,8 @@ def test_scope_asked_reads_the_question_and_looks_near_its_words(tiny):
     batch = collate(prompt, [[item]], "asked", wire.count)
     assert batch.ids[0].tolist()[:13] == prompt.head.tolist() + [LATENT] * 8 + item.question.tolist()[:13 - 8 - len(prompt.head)]
     assert batch.context[0].tolist() == item.question.tolist() + words.tolist() and batch.asked.tolist() == [4] and batch.latents.tolist() == [8]
+    with pytest.raises(UserError, match="how many tokens the question has"):
+        wire.encode(batch.context, batch.latents)
     _, attention = wire.encode(batch.context, batch.latents, batch.asked)
     assert attention[0, :, :4].max() == 0  # the question stays text
     assert attention[0, :, 4 + 44:4 + 77].sum() > 0.6 * 8  # 33 of 80 tokens get most of the latents
@@ -851,7 +853,7 @@ def test_batch_size_does_not_change_an_answer(tiny):
 # ------------------------------------------------------------------------------------------------
 # train.py, eval.py, ask.py as a user runs them
 
-FLAGS = ["--prompt", "plain", "--data", "synthetic", "--samples", "160", "--batch", "8", "--micro_batch", "4", "--pack", "2", "--latents", "8",
+FLAGS = ["--scope", "context", "--prompt", "plain", "--data", "synthetic", "--samples", "160", "--batch", "8", "--micro_batch", "4", "--pack", "2", "--latents", "8",
          "--d_z", "64", "--blocks", "1", "--lora_rank", "4", "--lora_dropout", "0.1", "--lr", "1e-2", "--epochs", "1", "--eval_samples", "8", "--eval_every", "0",
          "--log_every", "1", "--ramp", "0.5", "--entropy", "0.5", "--first", "1", "--device", "cpu"]
 
