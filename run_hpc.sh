@@ -58,14 +58,14 @@ demo)
   echo "== 2/3 answer 200 questions about people it has never met, through every row" >&2
   .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 200 --out "$out"
   kept=$(ls -d preserved_data/*/ckpt | tail -n 1)
-  echo "== 3/3 a preserved wire, trained on real questions for an hour, answers two about a text it has never seen" >&2
+  echo "== 3/3 a preserved wire, trained on real questions for an hour, answers two about a text it has never seen (of SQuAD's it has one in three exactly)" >&2
   cat > "$out/sample.txt" <<END
 The Heron Bridge was designed by the engineer Clara Lindqvist and opened to traffic in May 1931. It spans the river Alva
 between the towns of Norrby and Sandvik and is 412 metres long. Its steel arches were made in a shipyard in Gothenburg and
 brought up the river on barges. In 1968 a flood damaged the eastern pier, and the bridge was closed for two years. Today
 about nine thousand cars cross it every day, and the city pays for its upkeep with a small toll.
 END
-  for question in "Who designed the bridge?" "What damaged the eastern pier?"; do
+  for question in "Which engineer designed the Heron Bridge?" "Where were the steel arches made?"; do
     echo "$question"
     .venv/bin/python ask.py --ckpt "$kept" --context "$out/sample.txt" --question "$question" | sed 's/^/  /'
   done

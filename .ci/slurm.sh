@@ -39,8 +39,8 @@ trap 'pkill -F "$work/slurmd.pid"; pkill -F "$work/slurmctld.pid"; rm -rf "$work
 sleep 5
 sinfo
 
-# A requeued job waits out a delay that follows from its begin time; released at once here.
-again() { scontrol update JobId="$job" StartTime=now 2>/dev/null || true; }
+# A requeued job waits for two minutes; released earlier here.
+again() { sleep 15; scontrol update JobId="$job" StartTime=now "$@"; }  # at once, its old credential would still be revoked
 state() { squeue -h -j "$job" -o %T 2>/dev/null || true; }
 step() { python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["step"])' "$out/ckpt/last/state.json" 2>/dev/null || echo 0; }
 wait_for() { for _ in $(seq 600); do "$@" && return; sleep 1; done; echo "error: waited ten minutes for: $*" >&2; exit 1; }
@@ -49,7 +49,7 @@ is() { [[ $(state) == "$1" ]]; }
 
 # A time limit of 3 minutes and its warning 120 s before: the first start is warned after a minute.
 job=$(sbatch --parsable --gpus-per-node=0 --cpus-per-task="$(nproc)" --time=3 --output="$work/log" --open-mode=append \
-  run_hpc.sh --preset demo --minutes 4 --eval_samples 10 --save_every 10 --out "$out")
+  run_hpc.sh --preset demo --minutes 3 --eval_samples 10 --save_every 10 --out "$out")
 echo "== job $job submitted; pre-empting it after its first checkpoint"
 wait_for is RUNNING
 wait_for is_past 0
@@ -64,7 +64,7 @@ wait_for is_past "$before"
 echo "== running again past step $before; waiting for the warning of its time limit"
 wait_for is PENDING
 echo "== requeued by the warning, checkpoint at step $(step)"
-scontrol update JobId="$job" TimeLimit=30 StartTime=now
+again TimeLimit=30
 wait_for is RUNNING
 finished() { grep -q '"finished": true' "$out/ckpt/last/state.json" && [[ -f $out/eval/metrics.json ]]; }
 wait_for finished
