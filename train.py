@@ -92,7 +92,8 @@ PRESETS["demo"] = dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes
 PRESETS["squad"] = dict(SMOLLM, scope="asked", ramp=0.0, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
 
 
-TOPICS = {"the LM and its prompt": "lm", "the wire": "scope", "data": "data", "optimizer": "epochs", "loss mix": "tf", "the run": "preset"}  # their first flags
+# By the first flag of each.
+TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix", "preset": "the run"}
 
 
 def parse_config(argv=None):
@@ -104,10 +105,11 @@ def parse_config(argv=None):
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[preset])
-    for topic, first in TOPICS.items():  # --help in groups
-        group, flags = parser.add_argument_group(topic), [action.dest for action in parser._actions]
-        last = min((flags.index(other) for other in TOPICS.values() if flags.index(other) > flags.index(first)), default=len(flags))
-        for action in parser._actions[flags.index(first):last]:
+    group = parser._optionals
+    for action in parser._actions:  # --help in groups
+        if action.dest in TOPICS:
+            group = parser.add_argument_group(TOPICS[action.dest])
+        if group is not parser._optionals:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
     config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
