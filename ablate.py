@@ -25,6 +25,7 @@ CELLS = {  # name: what train.py gets beside the recipe
     "prompt scope": "--scope prompt",
     "no LoRA": "--lora_rank 0",
     "ramp 0.3": "--ramp 0.3",
+    "no find": "--find 0",
     "no first": "--first 0",
     "first 3": "--first 3",
     "entropy 0.5": "--entropy 0.5",

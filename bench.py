@@ -14,8 +14,10 @@ Measure: ratios against what one would otherwise write, side by side in one run.
 Contenders alternate and medians are reported, so that a machine that slows down slows all of them. The ordinary trainer
 needs requirements-bench.txt (peft, accelerate).
 """
+import ctypes
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -79,6 +81,24 @@ def side_by_side(contenders, repeats):
             if repeat:
                 times[name].append(taken)
     return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def peak_bytes(run):
+    """Bytes that a run needs on top of what is held before it, at its peak; None where the system does not say."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # hands freed memory back, so that it is not mistaken for held
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        resident = lambda key: int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1]) * 1024
+        before = resident("VmRSS")
+        run()
+        return resident("VmHWM") - before
+    except OSError:
+        return None
 
 
 def table(head, rows):
@@ -148,13 +168,23 @@ def batches_of(prompt, items, wire, per_row, bucketed=True):
     return [collate(prompt, step, "context", wire.count).to(wire.lm.device) for step in rows]
 
 
-def ordinary(items, prompt, steps):
-    """Seconds per step of the ordinary way: transformers.Trainer, peft LoRA, the same encoder as a module, one question a row,
-    padding to the longest of a random batch, logits of the whole sequence."""
+def peft_module():
     try:
         import peft
     except ImportError:
         raise UserError("the ordinary trainer needs peft: pip install -r requirements-bench.txt") from None
+    return peft
+
+
+def peft_lora():
+    """RECIPE's LoRA."""
+    return peft_module().LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "o_proj"])
+
+
+def ordinary(items, prompt, steps):
+    """Seconds per step of the ordinary way: transformers.Trainer, peft LoRA, the same encoder as a module, one question a row,
+    padding to the longest of a random batch, logits of the whole sequence."""
+    peft = peft_module()
     from transformers import Trainer, TrainingArguments
     torch.manual_seed(0)
     lm, _ = load_lm(args.lm, device=args.device)
@@ -164,7 +194,7 @@ def ordinary(items, prompt, steps):
         def __init__(self):
             super().__init__()
             self.encoder, self.adapter = wire.encoder, wire.adapter
-            self.lm = peft.get_peft_model(lm, peft.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj", "o_proj"]))
+            self.lm = peft.get_peft_model(lm, peft_lora())
 
         def forward(self, context, latents, ids, attention_mask, labels):
             mask = context != PAD
@@ -217,10 +247,13 @@ def bench_train():
         lm.gradient_checkpointing_disable()
         return value
 
+    theirs_lm, _, with_peft, _ = setup(lora_rank=0)
+    peft_module().inject_adapter_in_model(peft_lora(), theirs_lm)
     contenders = {OURS: stepper(wire, packed, loss), "  without packing": stepper(wire, single, loss),
                   "  without packing and bucketing": stepper(wire, random, loss),
                   "  with logits of every position": stepper(wire, packed, lambda batch: full_logits_loss(wire, batch)),
                   "  with a graph under the frozen layers": stepper(wire, packed, graph_below),
+                  "  with peft's LoRA": stepper(with_peft, packed, lambda batch: with_peft.loss(batch, WEIGHTS)[0]),
                   "  with --grad_checkpoint": stepper(wire, packed, checkpointed)}
     times = side_by_side(contenders, args.repeats)
     questions = statistics.mean(batch.size for batch in packed)
@@ -347,7 +380,7 @@ def bench_scale():
     lengths, rows, results = (128, 256, 512, 1024, 2048, 4096, 8192), [], {}
     params = list(wire.trainable().values())
     for rule in ("M = 32", "T / M = 8"):
-        encode_s, step_s = [], []
+        encode_s, step_s, peaks = [], [], []
         for T in lengths:
             context = long_text(items, T)
             M = 32 if rule == "M = 32" else T // 8
@@ -365,14 +398,15 @@ def bench_scale():
             times = side_by_side({"encode": encode, "step": step}, max(2, args.repeats // 2))
             encode_s.append(times["encode"])
             step_s.append(times["step"])
-            rows.append([f"{rule}, {T}", f"{1e3 * times['encode']:.0f}", f"{1e3 * times['step']:.0f}"])
+            peaks.append(peak_bytes(step))
+            rows.append([f"{rule}, {T}", f"{1e3 * times['encode']:.0f}", f"{1e3 * times['step']:.0f}", f"{peaks[-1] / 1e6:.0f}" if peaks[-1] else "-"])
             log(f"scale: {rule}, {T} tokens done")
         long = slice(2, None)  # below 512 tokens fixed costs rule
-        grow = {name: float(np.polyfit(np.log(lengths[long]), np.log(taken[long]), 1)[0]) for name, taken in (("encode", encode_s), ("step", step_s))}
-        results[rule] = {"lengths": lengths, "encode_s": encode_s, "step_s": step_s, "exponents": grow}
-    table(["context tokens", "encode ms", "step ms"], rows)
+        grow = {name: float(np.polyfit(np.log(lengths[long]), np.log(taken[long]), 1)[0]) for name, taken in (("encode", encode_s), ("step", step_s), ("memory", peaks)) if all(taken)}
+        results[rule] = {"lengths": lengths, "encode_s": encode_s, "step_s": step_s, "peak_bytes": peaks, "exponents": grow}
+    table(["context tokens", "encode ms", "step ms", "step's peak MB"], rows)
     for rule, result in results.items():
-        print(f"{rule}: time grows as T^{result['exponents']['encode']:.2f} (encode), T^{result['exponents']['step']:.2f} (step), from 512 tokens on")
+        print(f"{rule}, from 512 tokens on: " + ", ".join(f"{name} grows as T^{power:.2f}" for name, power in result["exponents"].items()))
     return results
 
 
@@ -407,11 +441,13 @@ def bench_ddp():
 
 MODELS = {  # layers, width, KV width, MLP width, vocabulary
     "Llama-3.1-8B": (32, 4096, 1024, 14336, 128256), "Llama-3.1-70B": (80, 8192, 1024, 28672, 128256)}
-H100 = {"memory": 80e9, "flops": 989e12, "link": 450e9}  # bf16 dense, NVLink one way, per GPU (NVIDIA's data sheet)
+# Per GPU: bf16 dense, NVLink one way within a node of 8 (NVIDIA's data sheet); between nodes 400 Gbit/s InfiniBand.
+H100 = {"memory": 80e9, "flops": 989e12, "node": 8, "link": 450e9, "network": 50e9}
 
 
-def plan(model, gpus, batch, context=246, latents=32, asked=24, answer=6, rank=32, d_z=512, utilisation=0.4):
-    """Memory in bytes by part and seconds a step, per GPU. batch: questions over all GPUs, one a row."""
+def plan(model, gpus, batch, context=246, latents=32, asked=24, answer=6, rank=32, d_z=512, utilisation=0.4, micro=16, shard=False):
+    """Memory in bytes by part and seconds a step, per GPU. batch: questions over all GPUs, one a row, a
+    micro-batch at a time; shard: train.py --shard."""
     layers, d, kv, mlp, vocabulary = MODELS[model]
     per_layer = 2 * d * d + 2 * d * kv + 3 * d * mlp
     weights = layers * per_layer + 2 * vocabulary * d
@@ -419,32 +455,40 @@ def plan(model, gpus, batch, context=246, latents=32, asked=24, answer=6, rank=3
     encoder = d * d_z + 2 * 12 * d_z * d_z + d_z * d + 4 * d_z * d_z + vocabulary
     trained = lora + encoder
     rows = batch / gpus
+    at_once = min(rows, micro)
     read = latents + asked + answer
     # Forward 2 FLOPs a weight and token; backward the input gradient alone, 2 more (frozen weights get none).
     flops = rows * (4 * layers * per_layer * read + 2 * (layers // 3) * per_layer * context + 4 * vocabulary * d * answer + 6 * trained * read)
     # Activations kept per layer and token, bf16: about 34 d for a block with SDPA (Korthikanti et al., arXiv 2205.05198), less what only
     # weight gradients need; the frozen lower layers of the encoder keep none.
-    memory = {"weights": 2 * weights, "trained": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained,
-              "activations": rows * read * layers * (20 * d + 4 * mlp) * 2, "logits": rows * answer * vocabulary * 4 * 3}
+    # Sharded (FSDP2): 1/n of the weights and two whole layers, the one at work and the one that is on its way.
+    held = 2 * weights / gpus + 2 * 2 * per_layer if shard else 2 * weights
+    memory = {"weights": held, "trained": 4 * trained, "gradients": 4 * trained, "optimizer": 8 * trained,
+              "activations": at_once * read * layers * (20 * d + 4 * mlp) * 2, "logits": at_once * answer * vocabulary * 4 * 3}
     reduce = 4 * trained * 2 * (gpus - 1) / gpus  # ring all-reduce sends 2 (n-1)/n of the gradients
-    compute = flops / (H100["flops"] * utilisation)
-    return {"memory": memory, "total": sum(memory.values()), "flops": flops * gpus, "reduce_bytes": reduce,
-            "seconds": compute + reduce / H100["link"], "samples_per_s": batch / (compute + reduce / H100["link"])}
+    # Sharded layers are gathered for each pass through them: the encoder's, the forward and the backward one, once a micro-batch.
+    gather = 2 * layers * per_layer * (2 + 1 / 3) * math.ceil(rows / micro) * (gpus - 1) / gpus if shard else 0
+    link = H100["link"] if gpus <= H100["node"] else H100["network"]
+    seconds = max(flops / (H100["flops"] * utilisation), gather / link) + reduce / link  # the next layer travels while one works
+    return {"memory": memory, "total": sum(memory.values()), "flops": flops * gpus, "reduce_bytes": reduce, "gather_bytes": gather,
+            "seconds": seconds, "samples_per_s": batch / seconds, "utilisation": flops / H100["flops"] / seconds}
 
 
 def bench_plan():
     rows, results = [], {}
-    for model in MODELS:
+    for model, shard in (("Llama-3.1-8B", False), ("Llama-3.1-70B", False), ("Llama-3.1-70B", True)):
         for gpus in (1, 4, 8, 64):
-            batch = 64 * gpus
-            p = plan(model, gpus, batch)
+            if shard and gpus == 1:
+                continue
+            batch, name = 64 * gpus, model + (" --shard" if shard else "")
+            p = plan(model, gpus, batch, shard=shard)
             fixed = p["total"] - p["memory"]["activations"] - p["memory"]["logits"]
-            per_question = (p["memory"]["activations"] + p["memory"]["logits"]) / (batch / gpus)
+            per_question = (p["memory"]["activations"] + p["memory"]["logits"]) / 16
             largest = max(0, int((0.9 * H100["memory"] - fixed) / per_question)) * gpus
-            results[f"{model} x {gpus}"] = {**p, "largest_batch": largest}
-            rows.append([f"{model}, {gpus} GPU(s)", f"{p['memory']['weights'] / 1e9:.0f}", f"{(p['total'] - p['memory']['weights']) / 1e9:.1f}", f"{p['flops'] / 1e12:.0f}",
-                         f"{p['reduce_bytes'] / 1e6:.0f}", f"{p['samples_per_s']:.0f}" if largest else "-", largest or "does not fit"])
-    table(["64 questions a GPU", "weights GB", "rest GB", "TFLOP/step", "all-reduce MB", "questions/s", "largest batch"], rows)
+            results[f"{name} x {gpus}"] = {**p, "largest_batch": largest}
+            rows.append([f"{name}, {gpus} GPU(s)", f"{p['memory']['weights'] / 1e9:.0f}", f"{(p['total'] - p['memory']['weights']) / 1e9:.1f}", f"{p['flops'] / 1e12:.0f}",
+                         f"{(p['reduce_bytes'] + p['gather_bytes']) / 1e6:.0f}", *((f"{p['samples_per_s']:.0f}", f"{p['utilisation']:.0%}", largest) if largest else ("-", "-", "does not fit"))])
+    table(["64 questions a GPU, 16 at once", "weights GB", "rest GB", "TFLOP/step", "sent MB", "questions/s", "of peak", "largest at once"], rows)
     p = plan("Llama-3.1-8B", 4, 64)
     print(f"The specification's run, batch 64 on 4 GPUs: 2.6 s a step, 17.7 GB allocated in all, 56% of memory used. The plan at 40% of peak: "
           f"{p['seconds']:.2f} s a step and {p['total'] / 1e9:.0f} GB a GPU.\n")

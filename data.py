@@ -426,10 +426,18 @@ class Batch:
     label: object     # (A,) the token itself,
     owner: object     # (A,) which question of the batch it belongs to,
     step: object      # (A,) and its index within that answer
+    found: object     # (F, 3) row, column and question of each token of `context` that is part of a question's answer
     size: int         # number of questions
 
     def to(self, device):
         return Batch(*(value if isinstance(value, int) else value.to(device) for value in vars(self).values()))
+
+
+def occurrences(part, ids):
+    """Where the token ids `part` (n,) start in ids (T,)."""
+    if not 0 < len(part) <= len(ids):
+        return []
+    return np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, len(part)) == part).all(1)).tolist()
 
 
 def pack(rows, contexts, latents, asked=None):
@@ -437,7 +445,8 @@ def pack(rows, contexts, latents, asked=None):
     each row; latents: how many latents each row's prefix holds (0: it is all text); asked: how many tokens of `contexts`
     are the question (default: none)."""
     import torch
-    ids, position, segment, targets, size = [], [], [], [], 0
+    asked = asked or [0] * len(rows)
+    ids, position, segment, targets, found, size = [], [], [], [], [], 0
     for r, (prefix, questions) in enumerate(rows):
         parts, places, segments, at = [prefix], [np.arange(len(prefix))], [np.zeros(len(prefix), int)], len(prefix)
         for s, (question, answer) in enumerate(questions, 1):
@@ -447,13 +456,16 @@ def pack(rows, contexts, latents, asked=None):
             segments.append(np.full(len(part), s))
             first = at + len(question) - 1  # the position that predicts the answer's first token
             targets += [(r, first + k, token, size, k) for k, token in enumerate(answer)]
+            found += [(r, t, size) for start in occurrences(answer[:-1], contexts[r][asked[r]:])
+                      for t in range(asked[r] + start, asked[r] + start + len(answer) - 1)]
             at += len(part)
             size += 1
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    return Batch(pad(contexts, PAD), torch.tensor(latents), torch.tensor(asked or [0] * len(rows)), pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(targets, dtype=torch.long).view(-1, 5).T.contiguous(), size)
+    return Batch(pad(contexts, PAD), torch.tensor(latents), torch.tensor(asked), pad(ids, PAD), pad(position, 0), pad(segment, -1),
+                 *torch.tensor(targets, dtype=torch.long).view(-1, 5).T.contiguous(),
+                 torch.tensor(found, dtype=torch.long).view(-1, 3), size)
 
 
 def collate(prompt, rows, scope, count):

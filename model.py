@@ -77,16 +77,18 @@ def rare(counts):
 
 
 def nearness(embeds, mask, asked, rarity):
-    """Which share of the question's words, weighted by rarity (B, T), stands near each token, 0 to about 1/2: (B, T). embeds
-    (B, T, d) and mask (B, T): the LM's input embeddings of a question of asked (B,) tokens and the text after it. Two words
-    are as alike as their squared cosine; near fades out over 24 tokens. The question's own tokens get the text's highest."""
+    """Which share of the question's words stands near each token, 0 to 1: (B, T). embeds (B, T, d) and mask (B, T): the LM's
+    input embeddings of a question of asked (B,) tokens and the text after it. Two words are as alike as their squared
+    cosine; a word counts more the rarer it is, in general (rarity, B, T) and in this text; near fades out over 32 tokens.
+    The question's own tokens get the text's highest."""
     T, Q = embeds.shape[1], int(asked.max())
     own = torch.arange(T, device=embeds.device) < asked[:, None]                  # (B, T) the question's tokens
     with torch.no_grad():
         e, text = F.normalize(embeds.float(), dim=-1), (mask & ~own)[:, None]
         alike = (e[:, :Q] @ e.transpose(1, 2)).clamp(min=0) ** 2 * text           # (B, Q, T)
-        near = F.avg_pool1d(F.max_pool1d(alike, 17, 1, 8) * text, 33, 1, 16)
-    weight = rarity[:, :Q] * own[:, :Q]
+        mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                               # of places, there or not, so
+        near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
+    weight = rarity[:, :Q] * own[:, :Q] / (alike ** 4).sum(2).clamp(min=1)
     near = ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
     return torch.where(own, near.amax(1, keepdim=True), near)
 
@@ -129,8 +131,9 @@ class Encoder(nn.Module):
              u_t = M (t + 1/2) / T is the place of token t: every latent has as many tokens. An encoder that has read the question
              (scope asked, prompt) gives more latents to some parts than to others, as the eye does: each token gets a share
              of the latents, at most one, and u_t is the running sum of shares (continuous integrate-and-fire, arXiv
-             1905.11235). Shares are exp(f(x_t) + a n_t), f starting at 0, n_t the share of the question's words, the rare
-             ones counting most, that stand near (`nearness`).
+             1905.11235), and log share_t is added to the score: a token without a share is in no latent. Shares are
+             exp(f(x_t) + a n_t), f starting at 0, n_t the share of the question's words, the rare ones counting most,
+             that stand near (`nearness`).
              The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
              the LM can read the latents before any training. s starts as the token's surprise without context,
              -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al., ICLR 2017).
@@ -213,7 +216,7 @@ class Encoder(nn.Module):
             offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
             offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, T)
             outside = ((distance[:, None] + offset).abs() - 0.5 - 1e-4).clamp(min=0)                    # (B, heads, M, T)
-            gate = self.gate(x).transpose(1, 2) + self.salience[ids.clamp(min=0)][:, None]              # (B, heads, T)
+            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + share.clamp(min=1e-9).log())[:, None]  # (B, heads, T)
             score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
         attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
         return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1)
@@ -353,7 +356,7 @@ class LatentWire(nn.Module):
         if weights.get("kd"):
             with torch.no_grad(), lora_off(self.lm):
                 teacher_logits = answer_logits(self.lm, teacher, keep=teacher.step < K)
-        total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits)
+        total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits, attention)
         return total, parts, (logits.detach(), prefix.detach(), attention if attention is None else attention.detach())
 
     forward = loss  # what DDP calls

@@ -573,6 +573,28 @@ def test_scope_asked_reads_the_question_and_looks_near_its_words(tiny):
     assert len(picked) == 33 and {words[60], words[61]} <= set(picked) and picked.tolist() == [w for w in words if w in picked]
 
 
+def test_a_text_end_is_as_near_as_its_middle():
+    """A word in the last place counts over the places that are there, and one that stands everywhere tells no place."""
+    embeds = torch.eye(40)
+    question, text = [7, 8], [1] * 99 + [7]
+    ids = torch.tensor([question + text, question + [8, 2] * 25 + [7] + [8, 2] * 24 + [8]])
+    near = nearness(embeds[ids], ids > 0, torch.tensor([2, 2]), torch.ones(2, 102))
+    assert near[0, -1].item() == pytest.approx(0.5) and near[0, 2:60].max() == 0  # one of two words; 8 is not in this text
+    assert near[1, 52].item() == pytest.approx(1.0, abs=0.05) and near[1, 2].item() == pytest.approx(1 / 51, abs=0.01)
+
+
+def test_a_steep_density_takes_the_tokens_themselves(tiny, monkeypatch):
+    """Tokens without a share are in no latent, also where their place is the border of two windows."""
+    wire, prompt, items = make_wire(tiny, scope="asked", d_z=128)
+    monkeypatch.setattr(model, "ZOOM", 0.0)
+    ids = torch.randint(3, 1000, (1, 44))
+    chosen = torch.zeros(44).index_fill(0, torch.tensor([6, 7, 20, 21, 22, 30, 40, 43]), 60.0)
+    with torch.no_grad():
+        wire.encoder.density.forward = lambda x: chosen[None, :, None].expand(1, -1, 1)
+        _, attention = wire.encode(ids, torch.tensor([8]), torch.tensor([4]))
+    assert attention[0, torch.arange(8), chosen.nonzero()[:, 0]].min() > 0.999
+
+
 def test_budgets_and_ratio(tiny):
     assert budgets(WireConfig(latents="32,8,16")) == [8, 16, 32] and budgets(WireConfig()) == [32]
     wire, prompt, items = make_wire(tiny, latents="4,8")
@@ -634,6 +656,18 @@ def test_losses_by_hand():
     assert parts["entropy"].item() == pytest.approx(sum(x * math.log(x) for x in mean), abs=1e-6)
     assert total.item() == pytest.approx(sum(w * parts[k].item() for k, w in (("tf", 1), ("first", 3), ("kce", 2), ("kd", 1), ("entropy", 0.5))), abs=1e-5)
     assert set(wire_loss(p.log(), batch, {"tf": 1.0, "kd": 0.0, "entropy": 0.0})[1]) == {"tf"}  # a weight of 0 is not computed
+
+
+def test_find_is_the_share_of_the_answers_tokens():
+    rows = [([1], [([5], [7, 8, 0]), ([5], [9, 0])]), ([1], [([5], [4, 0])])]
+    batch = pack([([1], [(np.array(q), np.array(a)) for q, a in questions]) for _, questions in rows], [np.array([7, 7, 8, 9, 9]), np.array([4, 3, 3])], [2, 1], [0, 1])
+    assert batch.found.tolist() == [[0, 1, 0], [0, 2, 0], [0, 3, 1], [0, 4, 1]]  # 4 stands in the question alone
+    attention = torch.tensor([[[0.1, 0.5, 0.2, 0.2, 0], [0, 0, 0.3, 0.3, 0.4]], [[0, 0.5, 0.5, 0, 0], [9.0] * 5]])
+    logits = torch.zeros(len(batch.label), 10)
+    total, parts = wire_loss(logits, batch, {"find": 2.0}, attention=attention)
+    want = -(math.log(0.5) + math.log(0.5)) / 2 - (math.log(0.5) + math.log(0.4)) / 2
+    assert parts["find"].item() == pytest.approx(want / 3, abs=1e-6) and total.item() == pytest.approx(2 * want / 3, abs=1e-6)
+    assert set(wire_loss(logits, batch, {"find": 2.0, "tf": 1.0})[1]) == {"tf"}
 
 
 def test_temperature_and_entropy_do_what_they_say():
