@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import PAD, Example, Prompt, pack, pad, whole
+from data import Example, Prompt, pack, whole
 from lm import answer_logits, embed, generate, lm_identity, load_lm
 from model import dequantise, load_wire, payload_bytes, quantise, read_checkpoint
 
@@ -132,8 +132,8 @@ def shaded(words, weight, colour):
 def encode(wire, prompt, items, counts):
     """Prefix (B, max M, d) and attention (B, max M, T) of the items' contexts, counts[b] latents each."""
     scope, device = wire.config.scope, wire.lm.device
-    asked = torch.tensor([prompt.lead(item, scope) for item in items], device=device)
-    prefix, attention = wire.encode(pad([prompt.source(item, scope) for item in items], PAD).to(device), torch.tensor(counts, device=device), asked)
+    context, asked = (t.to(device) for t in prompt.sources(items, scope))
+    prefix, attention = wire.encode(context, torch.tensor(counts, device=device), asked)
     return prefix, attention if attention is None or scope == "context" else attention[:, :, int(asked[0]):]  # of one question
 
 

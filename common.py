@@ -34,9 +34,14 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def first_process():
+    """Whether this is the one process, or the first of torchrun's: it alone writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def log(message):
     """One line to stderr from the first process alone: progress goes there, results go to stdout."""
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         print(message, file=sys.stderr, flush=True)
 
 

@@ -380,6 +380,11 @@ class Prompt:
         """How many tokens at the front of the source are the question."""
         return 0 if scope == "context" else len(item.question)
 
+    def sources(self, items, scope):
+        """What the encoder reads for each item (B, T), PAD right, and how many tokens at its front are the question (B,)."""
+        import torch
+        return pad([self.source(item, scope) for item in items], PAD), torch.tensor([self.lead(item, scope) for item in items])
+
     def prefix(self, item, scope, latents=None):
         """What the LM reads before the question: all of it text (latents None), or with that many latents in it."""
         if latents is None:

@@ -35,7 +35,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from common import Parser, UserError, append_line, find_row, log, run_main, write_atomic
+from common import Parser, UserError, append_line, find_row, first_process, log, run_main, write_atomic
 
 PLAIN = ("text", "raw", "anchor", "token_budget", "truncated", "selective", "matched", "question_only")
 TRAINED = ("text_lora", "token_budget_lora", "truncated_lora", "selective_lora", "matched_lora", "latent", "latent_shuffled", "adapter")
@@ -77,7 +77,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import PAD, Prompt, load_data, pad, synthetic_chance
+from data import Prompt, load_data, synthetic_chance
 from lm import generate, join, load_lm, lora_off, pick_device, shard
 from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rare, read_checkpoint
 from rivals import adapter_prefix, most_surprising, nearest_words, other_contexts
@@ -181,10 +181,9 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
             # The control keeps the question: what a question alone can do is no work of the context's latents.
             given_items = [replace(items[i], context=items[given[i]].context) for i in chunk]
             # The adapter alone has not read the question where that stays text.
-            sources = [prompt.source(item, "context" if row == "adapter" and scope == "asked" else scope) for item in given_items]
+            context, asked = (t.to(device) for t in prompt.sources(given_items, "context" if row == "adapter" and scope == "asked" else scope))
             m = [wire.count(prompt.replaced(item, scope), M, ratio) for item in given_items]
-            context, counts = pad(sources, PAD).to(device), torch.tensor(m, device=device)
-            asked = torch.tensor([prompt.lead(item, scope) for item in given_items], device=device)
+            counts = torch.tensor(m, device=device)
             prefix = adapter_prefix(wire, context, counts) if row == "adapter" else wire.encode(context, counts, asked)[0]
             prefix = prefix if kind == "fp32" else dequantise(*quantise(prefix, kind))
             source_tokens += sum(prompt.replaced(item, scope) for item in given_items)
@@ -331,7 +330,7 @@ def main():
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
-    master = os.environ.get("RANK", "0") == "0"
+    master = first_process()
     if master:
         writable(out / "eval")
     config = saved.config if saved else None

@@ -27,7 +27,7 @@ from data import PAD
 from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
-CHUNK, OVERLAP = 1024, 128  # tokens that the frozen layers of the encoder read at once, and how many of them twice
+CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
 ZOOM = 64.0  # how much more of the latents goes where the question's words are, at the start
 FORMAT = 1  # of the checkpoint folder; a newer one is refused
 
@@ -95,6 +95,16 @@ def nearness(embeds, mask, asked, rarity):
 
 # ------------------------------------------------------------------------------------------------
 # Encoder and adapter
+
+def in_chunks(run, lead, *x):
+    """run(*x) for a long text, x each (B, T, ...): in chunks that overlap, since attention grows with the square of what it
+    sees. The first `lead` tokens, the question where there is one, stand in front of every chunk. -> (B, T, ...)."""
+    parts, T = [], x[0].shape[1]
+    for start in range(0, max(1, T - OVERLAP), CHUNK - OVERLAP):
+        chunk = [torch.cat([y[:, :lead], y[:, start:start + CHUNK]], 1) if start else y[:, :CHUNK] for y in x]
+        parts.append(run(*chunk)[:, lead + OVERLAP if start else 0:])
+    return torch.cat(parts, 1)
+
 
 def fourier(r, n=32):
     """Features (..., 2n) of relative positions r in 0..1 (...): sines and cosines at wavelengths from 2 down to 1/32."""
@@ -198,9 +208,13 @@ class Encoder(nn.Module):
         t = (torch.arange(T, device=h.device) + 0.5) / mask.sum(1, keepdim=True)  # (B, T) relative place of a token
         r = (m + 0.5) / M[:, None]                                                # (B, M) relative place of a latent
         x = self.project(self.norm(h)) + self.place(fourier(t))        # (B, T, z)
-        for block in self.blocks:
-            x = block(x, mask[:, None, None])
-        x = self.final(x)
+
+        def through_blocks(x, mask):
+            mask = mask | ~mask.any(1, keepdim=True)  # a chunk may be all padding for one row, and attention needs something
+            for block in self.blocks:
+                x = block(x, mask[:, None, None])
+            return x
+        x = self.final(in_chunks(through_blocks, int(asked.max()) if asked is not None else 0, x, mask))
         share, mask = self.places(x, mask, M, ids, embeds, asked)
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
         value = split(self.value(x))
@@ -318,18 +332,13 @@ class LatentWire(nn.Module):
         return budget(length, M or max(budgets(self.config)), ratio)
 
     @torch.no_grad()  # frozen layers keep no graph
-    def hidden(self, embeds):
-        """Input embeddings (B, T, d) -> hidden states after the first k layers of the plain LM. A long text goes through them
-        in chunks that overlap, since their attention is what grows with the square of T. (A question in front is seen by the
-        first chunk; the encoder's own blocks see all.)"""
-        parts, T = [], embeds.shape[1]
+    def hidden(self, embeds, lead=0):
+        """Input embeddings (B, T, d) -> hidden states after the first k layers of the plain LM; lead: see `in_chunks`."""
+        def layers(chunk):
+            return self.lower(inputs_embeds=chunk, attention_mask=None, use_cache=False,
+                              position_ids=torch.arange(chunk.shape[1], device=chunk.device)[None]).last_hidden_state
         with lora_off(self.lm):
-            for start in range(0, max(1, T - OVERLAP), CHUNK - OVERLAP):
-                chunk = embeds[:, start:start + CHUNK]
-                h = self.lower(inputs_embeds=chunk, attention_mask=None, use_cache=False,
-                               position_ids=torch.arange(chunk.shape[1], device=chunk.device)[None]).last_hidden_state
-                parts.append(h[:, OVERLAP if start else 0:])
-        return torch.cat(parts, 1)
+            return in_chunks(layers, lead, embeds)
 
     def encode(self, context, M, asked=None):
         """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
@@ -340,7 +349,7 @@ class LatentWire(nn.Module):
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
             return embeds, None
-        h = self.hidden(embeds)
+        h = self.hidden(embeds, 0 if asked is None else int(asked.max()))
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
         z, attention = self.encoder(h.float(), mask, M, context, embeds, asked)
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None

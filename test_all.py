@@ -455,6 +455,28 @@ def test_long_texts_go_through_the_frozen_layers_in_chunks(tiny, monkeypatch):
     assert torch.allclose(chunked[:, 16:28], second, atol=1e-5)
 
 
+def test_every_chunk_of_a_long_text_sees_the_question(tiny, monkeypatch):
+    wire, _, _ = make_wire(tiny, scope="asked")
+    with torch.no_grad():
+        for block in wire.encoder.blocks:
+            block.out.weight.normal_(0, 0.1)  # blocks start as the identity
+    monkeypatch.setattr(model, "CHUNK", 16)
+    monkeypatch.setattr(model, "OVERLAP", 4)
+    seen, blocks = [], wire.encoder.final.forward
+    monkeypatch.setattr(wire.encoder.final, "forward", lambda x: seen.append(x) or blocks(x))
+    one = torch.randint(3, 1000, (1, 44))
+    other = one.clone()
+    other[0, 1] += 1000  # a word of the question
+    both = torch.cat([one, other, torch.cat([one[:, :12], torch.full((1, 32), PAD)], 1)])
+    M, asked = torch.tensor([8, 8, 8]), torch.tensor([4, 4, 4])
+    prefix, _ = wire.encode(both, M, asked)
+    h = wire.hidden(wire.lm.get_input_embeddings()(both[:2]), 4)
+    for states in (h, seen[0]):  # of the frozen layers and of the blocks
+        assert (states[0] - states[1])[-8:].abs().max(1).values.min() > 1e-4
+    alone, _ = wire.encode(both[2:, :12], M[2:], asked[2:])  # chunks of nothing but padding do no harm
+    assert torch.allclose(prefix[2], alone[0], atol=1e-5)
+
+
 def test_pointer_starts_readable_and_local(tiny):
     lm, tokenizer = load_lm(tiny, device="cpu")
     wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=8, d_z=64, lora_rank=0))
@@ -929,12 +951,21 @@ def test_training_learns_and_logs(trained):
     assert read_checkpoint(trained / "ckpt" / "best").config.latents == "8"
 
 
+def wait_until(condition, process, seconds=120):
+    """Until the condition holds; fails where the process ends first or time is up, and kills it then."""
+    until = time.time() + seconds
+    while not condition():
+        if process.poll() is not None or time.time() > until:
+            process.kill()
+            pytest.fail(f"waited in vain, the process has {'ended' if process.poll() is not None else 'not got there'}")
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny, trained, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--out", out, "--save_every", "3"], cwd=HERE, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (out / "ckpt" / "last").exists():
-        time.sleep(0.02)
+    wait_until(lambda: (out / "ckpt" / "last").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run("train.py", "--lm", tiny, *FLAGS, "--out", out, code=2)  # not by accident
@@ -983,8 +1014,7 @@ def test_gradient_checkpointing_changes_no_weight(tiny, trained, tmp_path):
 def test_sigterm_saves_and_exits_cleanly(tiny, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", out, "--save_every", "1000"], cwd=HERE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not ((out / "logs" / "train_diagnostics.jsonl").exists() and len(diagnostics_of(out)) >= 2):
-        time.sleep(0.05)
+    wait_until(lambda: (out / "logs" / "train_diagnostics.jsonl").exists() and len(diagnostics_of(out)) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0 and "saved; go on with --resume" in process.stderr.read()
     step = json.loads((out / "ckpt" / "last" / "state.json").read_text())["step"]
@@ -1047,16 +1077,6 @@ def test_a_loss_spike_does_no_harm(tiny, trained, tmp_path):
     assert np.mean(spiked[-4:]) < min(np.mean(calm[-4:]) + 1, spiked[0] - 1)
 
 
-def wait_until(condition, process, seconds=120):
-    """Until the condition holds; fails where the process ends first or time is up, and kills it then."""
-    until = time.time() + seconds
-    while not condition():
-        if process.poll() is not None or time.time() > until:
-            process.kill()
-            pytest.fail(f"waited in vain, the process has {'ended' if process.poll() is not None else 'not got there'}")
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_a_folder_that_becomes_read_only_does_not_end_the_training(tiny, disk, tmp_path):
     out, said = tmp_path / "run", tmp_path / "said"
@@ -1109,8 +1129,7 @@ def test_killed_anywhere_ends_the_same(tiny, tmp_path):
 def test_a_folder_in_use_is_refused(tiny, tmp_path):
     command = ["train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", tmp_path / "run"]
     first = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stderr=subprocess.DEVNULL)
-    while first.poll() is None and not (tmp_path / "run" / "logs" / "train_diagnostics.jsonl").exists():
-        time.sleep(0.05)
+    wait_until(lambda: (tmp_path / "run" / "logs" / "train_diagnostics.jsonl").exists(), first)
     second = run(*command, "--resume", code=2)
     assert f"is in use by process {first.pid}" in second.stderr
     first.kill()
@@ -1128,8 +1147,7 @@ def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path):
     both = [subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *flags], cwd=HERE, stderr=subprocess.PIPE, text=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
-    while both[0].poll() is None and not (tmp_path / "run" / "ckpt" / "last").exists():
-        time.sleep(0.05)
+    wait_until(lambda: (tmp_path / "run" / "ckpt" / "last").exists(), both[0])
     both[1].kill()
     _, said = both[0].communicate(timeout=90)
     both[1].communicate()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import UserError, append_line, log, nearest, read_lines, run_main, write_atomic
+from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
 from data import Prompt, collate, epoch_plan, group_by_context, load_data
 from eval import evaluate_row, summary
 from lm import join, load_lm, pick_device, shard
@@ -163,7 +163,7 @@ def load_items(config, prompt):
         train, held, what = hold_out(short(prompt.items(examples)), config.eval_samples)
         dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
         log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in {config.out}/held_out.jsonl")
-        if os.environ.get("RANK", "0") == "0":
+        if first_process():
             write_atomic(Path(config.out) / "held_out.jsonl", "".join(json.dumps(asdict(item.example)) + "\n" for item in held))
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
