@@ -157,7 +157,7 @@ def markdown(run, level=1):
                 + (f"of at most {c['max_context_tokens']} tokens" if c.get("max_context_tokens") else "uncut"),
                 f"- **Wire**: encoder {c['encoder']}, scope {c['scope']}, M = {c['latents']}, d_z {c['d_z']}, LoRA rank {c['lora_rank']} on {c['lora_targets']}",
                 f"- **Training**: batch {c['batch']}, peak learning rate {c['lr']:g}, loss weights " +
-                ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "entropy") if c.get(key))]
+                ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "find", "entropy") if c.get(key))]
     if run.steps:
         seen = run.steps[-1].get("samples_seen")
         out.append(f"- **Length**: {run.steps[-1]['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))
@@ -188,7 +188,7 @@ def markdown(run, level=1):
             out.append(f"- Training: {run.last('sec_per_step'):.2f} s a step" + (f", {run.last('samples_per_sec'):.1f} questions/s" if run.last("samples_per_sec") else ""))
         out.append("")
     if run.steps:
-        keys = ("grad_norm", "first_acc", "first_acc_top5", "tf", "first", "kce", "kd", "entropy_loss", "prediction_diversity", "latent_rms", "attention_entropy")
+        keys = ("grad_norm", "first_acc", "first_acc_top5", "tf", "first", "kce", "kd", "find", "entropy_loss", "prediction_diversity", "latent_rms", "attention_entropy")
         final = {key: round(run.last(key), 4) for key in keys if run.last(key) or key.startswith("first_acc")}
         final["dominant_predictions"] = dict(Counter(run.last("prediction_histogram") or {}).most_common(5))
         out += [h(1, "Final training diagnostics"), f"Step {run.steps[-1]['global_step']}:", "```json", json.dumps(final, indent=2, ensure_ascii=False), "```", ""]
@@ -363,7 +363,7 @@ def figures(runs):
     label = lambda run, part="": " ".join(filter(None, [run.folder.resolve().name if len(runs) > 1 else "", part])) or part
     at = lambda run: [record.get("samples_seen", record["global_step"]) for record in run.steps]
     inner = lambda run, key: [record["model"].get(key) for record in run.steps]
-    parts = [(run, key) for run in runs for key in ("tf", "first", "kce", "kd", "entropy_loss") if any(v for v in inner(run, key))]
+    parts = [(run, key) for run in runs for key in ("tf", "first", "kce", "kd", "find", "entropy_loss") if any(v for v in inner(run, key))]
     chart("Loss parts", "nats", [(label(run, key), at(run), inner(run, key), None) for run, key in parts])
     chart("First-token accuracy", "share", [(label(run, name), at(run), inner(run, key), None) for run in runs
                                             for key, name in (("first_acc", "top 1"), ("first_acc_top5", "top 5")) if run.steps])
