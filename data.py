@@ -492,8 +492,8 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
     every n-th micro-batch of a step are disjoint and together the same for any number of processes.
 
     groups: item numbers that may share a row (the questions of one paragraph); lengths: an item's length, for bucketing.
-    A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length (the last ones, which
-    do not fill a step, are left to the next epoch's shuffle)."""
+    A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length; what does not fill a
+    step is left out of the epoch, by chance, so that no length is left out of all of them."""
     rng = random.Random(f"{seed} {epoch}")
     rows = []
     for group in groups:
@@ -520,7 +520,9 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
             count += len(row)
         if count * 2 >= micro:
             micros.append(current)
-        steps += [micros[i:i + per_step] for i in range(0, len(micros) - per_step + 1, per_step)]
+        for _ in range(len(micros) % per_step):
+            micros.pop(rng.randrange(len(micros)))
+        steps += [micros[i:i + per_step] for i in range(0, len(micros), per_step)]
     if not steps:
         raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give more")
     rng.shuffle(steps)

@@ -79,7 +79,7 @@ import torch.nn.functional as F
 
 from data import Prompt, load_data, synthetic_chance
 from lm import generate, join, load_lm, lora_off, pick_device, shard
-from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rare, read_checkpoint
+from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rare, read_checkpoint, token_counts
 from rivals import adapter_prefix, most_surprising, nearest_words, other_contexts
 
 
@@ -169,7 +169,7 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
     uses_latents = row in ("latent", "latent_shuffled", "adapter")
     given = other_contexts(items) if row == "latent_shuffled" else range(len(items))
     if row.startswith("matched"):
-        rarity = rare(torch.bincount(torch.from_numpy(np.concatenate([item.context for item in items])).long(), minlength=lm.config.vocab_size))
+        rarity = rare(token_counts([part for item in items for part in (item.context, item.question)], lm.config.vocab_size))
     answers, ids, hits = [None] * len(items), [None] * len(items), []
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0

@@ -55,8 +55,8 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, attent
         row, col, question = batch.found.T
         real = torch.arange(attention.shape[1], device=attention.device) < batch.latents[row, None]  # (F, M)
         seen = (attention[row, :, col] * real).sum(1)                                                # (F,)
-        parts["find"] = per_question_mean(-seen.clamp(1e-6, 1).log(), question, size)
+        parts["find"] = per_question_mean(-seen.clamp(1e-30, 1).log(), question, size)
     if "entropy" in weights and size > 1:
         p = logits[step == 0].softmax(-1).mean(0)  # (V,)
-        parts["entropy"] = torch.xlogy(p, p).sum()
+        parts["entropy"] = (p * p.clamp(min=1e-30).log()).sum()  # xlogy has no gradient at 0
     return sum(weights[name] * part for name, part in parts.items()), parts

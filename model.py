@@ -16,6 +16,7 @@ import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
-ZOOM = 64.0  # how much more of the latents goes where the question's words are, at the start
+ZOOM = 32.0  # how much more of the latents goes where the question's words are, at the start
 FORMAT = 1  # of the checkpoint folder; a newer one is refused
 
 
@@ -68,6 +69,11 @@ def spread(log_density, mask, M):
     rest = (M - full.sum(1, keepdim=True)) * log_density.masked_fill(full, -1e4).softmax(1)
     share = torch.where(full, 1.0, rest).clamp(max=1)
     return share * (M / share.sum(1, keepdim=True))
+
+
+def token_counts(texts, vocabulary):
+    """How often each token of a vocabulary occurs in a list of (n,) token ids: (V,) float32."""
+    return torch.bincount(torch.from_numpy(np.concatenate(texts)).long(), minlength=vocabulary).float()
 
 
 def rare(counts):
@@ -160,7 +166,7 @@ class Encoder(nn.Module):
         if width % 64:
             raise UserError(f"--d_z {width} does not split into heads of 64; give a multiple of 64")
         self.kind, self.sharp, self.scope = kind, sharp, scope
-        self.heads = max(1, width // 128) if kind == "pointer" else width // 64 if kind == "query" else 1
+        self.heads = {"pointer": width // 128 if width % 128 == 0 else width // 64, "query": width // 64, "pool": 1}[kind]
         self.norm, self.project, self.place = nn.LayerNorm(d), nn.Linear(d, width), nn.Linear(64, width)
         self.blocks = nn.ModuleList(Block(width, width // 64) for _ in range(blocks))
         self.final = nn.LayerNorm(width)
@@ -178,14 +184,13 @@ class Encoder(nn.Module):
                 self.rarity, self.zoom = nn.Parameter(torch.ones(vocabulary)), nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
-    def count_tokens(self, texts):
-        """Start the pointer's salience and rarity from the token frequencies of the texts, an iterable of (T,) token ids."""
-        counts = torch.zeros(len(self.salience))
-        for text in texts:
-            counts += torch.bincount(torch.as_tensor(text).long(), minlength=len(counts))
+    def count_tokens(self, texts, questions):
+        """Start the pointer's salience from the token frequencies of the texts, its rarity from those of texts and questions:
+        "who" and what a prompt puts around a question are rare in texts and yet say nothing. Each is a list of (n,) token ids."""
+        counts = token_counts(texts, len(self.salience))
         self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
         if self.scope != "context":
-            self.rarity.copy_(rare(counts))
+            self.rarity.copy_(rare(counts + token_counts(questions, len(self.salience))))
 
     def places(self, x, mask, M, ids, embeds, asked):
         """(share of a latent that each token gets, tokens that the latents stand for), both (B, T)."""
@@ -223,14 +228,13 @@ class Encoder(nn.Module):
             return y.transpose(1, 2).reshape(B, len(m), -1), None
         distance = (m + 0.5)[:, None] - (share.cumsum(1) - share / 2)[:, None]  # (B, M, T) in windows
         if self.kind == "pool":
-            score = torch.where(distance.abs() <= 0.5 + 1e-4, 0.0, -1e4)
-            score = torch.maximum(score, -1e4 - distance ** 2)[:, None]  # an empty window (T < M) takes the nearest token
+            score = torch.where(distance.abs() <= 0.5 + 1e-4, 0.0, -1e4)[:, None]  # not -inf: past a row's own M a window is empty
         else:  # written out, not through SDPA: the weights themselves are the result
             q, k = split(self.query(fourier(r))), split(self.key(x))
             offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
             offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, T)
             outside = ((distance[:, None] + offset).abs() - 0.5 - 1e-4).clamp(min=0)                    # (B, heads, M, T)
-            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + share.clamp(min=1e-9).log())[:, None]  # (B, heads, T)
+            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + share.clamp(min=1e-30).log())[:, None]  # (B, heads, T)
             score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
         attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
         return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1)
@@ -441,8 +445,8 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error})") from None
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # else a write was cut short before, and the one aside is all there is
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(part, folder)
 

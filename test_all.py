@@ -494,7 +494,7 @@ def test_pointer_starts_readable_and_local(tiny):
 def test_pointer_prefers_rare_tokens(tiny):
     lm, _ = load_lm(tiny, device="cpu")
     wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=2, d_z=64, lora_rank=0))
-    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])])
+    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])], [np.array([9])])
     assert wire.encoder.salience[[5, 7, 9]].tolist() == pytest.approx([-math.log(p + 1e-3) for p in (0.9, 0.09, 0.01)], abs=1e-5)
     _, attention = wire.encode(torch.tensor([[5, 7, 5, 5, 9, 7]]), torch.tensor([2]))
     weights = 1 / (torch.tensor([0.9, 0.09, 0.9]) + 1e-3)  # within a window as 1 / (p + 0.001)
