@@ -5,9 +5,10 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
     python ablate.py --data train-v1.1.json.gz --eval_data dev-v1.1.json.gz  # the same from files
     python ablate.py --cells base,query,pool                                 # some of the cells
 
-Every cell trains on the same questions with the same seed, then answers the same questions. A cell whose questions cost more
-or less time than the base's is run a second time for the base's wall clock, so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it is done.
-Writes OUT/table.md and OUT/<cell>/ (a run each).
+Every cell trains on the same questions with the same seed, then answers the same questions. A cell that took over a tenth more
+or less time than the base is run a second time for the base's wall clock, on the same questions and, where it gets to
+them, more, so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it
+is done. Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
 import json
 import subprocess
@@ -35,7 +36,6 @@ CELLS = {  # name: what train.py gets beside the recipe
     "M = 64": "--latents 64",
     "elastic": "--latents 8,16,32,64",
 }
-OTHER_COST = ("text", "context scope", "prompt scope", "M = 64", "kd 0.5")  # these take another time per question
 
 
 def parse_args(argv=None):
@@ -51,21 +51,30 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-def run_cell(name, flags, out):
-    """Train and evaluate one cell, as far as that is not done yet."""
-    folder = out / name.replace(" ", "_").replace("=", "")
-    state = folder / "ckpt" / "last" / "state.json"
-    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text())["samples"] != args.samples:
-        raise UserError(f"{folder} was trained with another --samples; give another --out")
-    if not (state.exists() and json.loads(state.read_text())["finished"]):
-        call("train.py", "--preset", args.preset, "--data", args.data, "--samples", args.samples, "--epochs", 1, "--eval_samples", 25,
+def minutes_of(folder):
+    """How long a cell trained, or None where it has not finished."""
+    path = folder / "ckpt" / "last" / "state.json"
+    state = json.loads(path.read_text()) if path.exists() else {"finished": False}
+    return state["elapsed"] / 60 if state["finished"] else None
+
+
+def run_cell(name, flags, out, minutes=0.0):
+    """Train and evaluate one cell, as far as that is not done yet. minutes: for as long, on up to four times the questions."""
+    folder = out / (name.replace(" ", "_").replace("=", "") + ("_equal_time" if minutes else ""))
+    given = {"preset": args.preset, "data": args.data, "samples": args.samples * (4 if minutes else 1)}
+    before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else given
+    for key, value in given.items():
+        if before[key] != value:
+            raise UserError(f"--out {out}: {folder.name} was trained with --{key} {before[key]}, not {value}; give another --out")
+    if minutes_of(folder) is None:
+        call("train.py", *(f"--{key}={value}" for key, value in given.items()), "--epochs", 1, "--minutes", minutes, "--eval_samples", 25,
              "--eval_every", 0, "--resume", "--out", folder, *flags.split())
     metrics = folder / "eval" / "metrics.json"
     rows = {"base": ["latent", "latent_shuffled", "text_lora", "truncated_lora", "selective_lora", "matched_lora"],
             "elastic": ["latent", "latent@8", "latent@16", "latent@32", "latent@64"]}.get(name, ["latent"])
     found = json.loads(metrics.read_text()) if metrics.exists() else {}
     todo = [row for row in rows if not find_row(found, row, found.get("lm"))]
-    if todo or found["samples"] != args.eval_samples:
+    if todo:
         call("eval.py", "--mode", ",".join(todo or rows), "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
     return folder
 
@@ -101,18 +110,19 @@ def main():
         if cell not in CELLS:
             raise UserError(f"--cells {cell} is unknown; there are {', '.join(CELLS)}")
     out, folders = Path(args.out), {}
-    def add(name, budget, flags, folder):
+
+    def add(name, budget, minutes=0.0):
         log(f"== {name}, {budget}")
-        folders[name, budget] = run_cell(folder, flags, out)
+        folders[name, budget] = run_cell(name, CELLS[name], out, minutes)
         write_atomic(out / "table.md", table(folders) + "\n")
-    for cell in cells:
-        add(cell, "equal samples", CELLS[cell], cell)
-    base = out / "base" / "ckpt" / "last" / "state.json"
-    if base.exists():
-        minutes = json.loads(base.read_text())["elapsed"] / 60
-        for cell in cells:
-            if cell in OTHER_COST:
-                add(cell, "equal time", f"{CELLS[cell]} --epochs 100 --minutes {minutes:.2f}", cell + " equal time")
+        return minutes_of(folders[name, budget])
+    taken = {cell: add(cell, "equal samples") for cell in cells}
+    base = minutes_of(out / "base")
+    if base is None:
+        log("notice: without the cell base there is no equal time to compare")
+    for cell, minutes in taken.items():
+        if base and abs(minutes / base - 1) > 0.1:
+            add(cell, "equal time", base)
     print(table(folders))
 
 

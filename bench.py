@@ -242,7 +242,7 @@ def ordinary(items, folder):
             mask, embeds = context != PAD, embed(lm, context)
             with torch.no_grad(), self.lm.disable_adapter():
                 h = wire.lower(inputs_embeds=embeds, attention_mask=mask.long(), use_cache=False).last_hidden_state
-            z, attention = self.encoder(h.float(), mask, latents, context, None, None)
+            z, attention = self.encoder(h.float(), mask, latents, context, embeds, torch.zeros_like(latents))
             prefix = self.adapter(z, attention @ embeds.float())
             return self.lm(inputs_embeds=embed(lm, ids, prefix), attention_mask=attention_mask, labels=labels, use_cache=False)
 

@@ -1,6 +1,6 @@
 """
-The loss mix. Every part is a mean over the questions of a batch, so batches of different sizes combine by their
-number of questions alone.
+The loss mix. Every part but the entropy is a mean over the questions of a micro-batch, so that micro-batches of different
+sizes combine by their number of questions alone.
 
     tf       teacher-forced cross-entropy of the whole answer, averaged over its tokens
     kce      the same over the first K tokens
@@ -8,7 +8,7 @@ number of questions alone.
     kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv 1503.02531)
     find     -log of how much of a latent a token gets that is part of the answer, where the text holds the answer: what the
              encoder should look at, said at once rather than through the LM
-    entropy  -H(p), p = mean over the batch of the first-token distributions
+    entropy  -H(p), p = mean over the micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
 different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one

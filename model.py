@@ -30,7 +30,7 @@ from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
 ZOOM = 32.0  # how much more of the latents goes where the question's words are, at the start
-FORMAT = 1  # of the checkpoint folder; a newer one is refused
+FORMAT = 2  # of the checkpoint folder, and of what its weights mean; another is refused
 
 
 @dataclass
@@ -104,7 +104,8 @@ def nearness(embeds, mask, asked, rarity):
 
 def in_chunks(run, lead, *x):
     """run(*x) for a long text, x each (B, T, ...): in chunks that overlap, since attention grows with the square of what it
-    sees. The first `lead` tokens, the question where there is one, stand in front of every chunk. -> (B, T, ...)."""
+    sees. The first `lead` tokens, the question where there is one (of a batch, the longest), stand in front of every chunk.
+    -> (B, T, ...)."""
     parts, T = [], x[0].shape[1]
     for start in range(0, max(1, T - OVERLAP), CHUNK - OVERLAP):
         chunk = [torch.cat([y[:, :lead], y[:, start:start + CHUNK]], 1) if start else y[:, :CHUNK] for y in x]
@@ -219,7 +220,7 @@ class Encoder(nn.Module):
             for block in self.blocks:
                 x = block(x, mask[:, None, None])
             return x
-        x = self.final(in_chunks(through_blocks, int(asked.max()) if asked is not None else 0, x, mask))
+        x = self.final(in_chunks(through_blocks, int(asked.max()), x, mask))
         share, mask = self.places(x, mask, M, ids, embeds, asked)
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
         value = split(self.value(x))
@@ -346,14 +347,16 @@ class LatentWire(nn.Module):
 
     def encode(self, context, M, asked=None):
         """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
-        scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T) or None. Raises UserError without them."""
+        scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T), None for the encoders query and text.
+        Raises UserError without them."""
         if asked is None and self.config.scope != "context" and self.config.encoder != "text":
             raise UserError(f"a wire of --scope {self.config.scope} must be told how many tokens the question has, which stands in front of the text")
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
             return embeds, None
-        h = self.hidden(embeds, 0 if asked is None else int(asked.max()))
+        asked = torch.zeros_like(M) if asked is None else asked
+        h = self.hidden(embeds, int(asked.max()))
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
         z, attention = self.encoder(h.float(), mask, M, context, embeds, asked)
         base = attention @ embeds.float() if self.config.encoder == "pointer" else None
@@ -472,7 +475,7 @@ def _sha256(path):
 
 
 def read_checkpoint(folder):
-    """Check a checkpoint folder and read its config. Raises UserError when it is missing, damaged or of a newer format."""
+    """Check a checkpoint folder and read its config. Raises UserError when it is missing, damaged or of another format."""
     folder = Path(folder)
     if not folder.exists() and (aside := folder.with_name(folder.name + ".old")).exists():
         folder = aside  # the writer was stopped between its two renames
@@ -485,8 +488,9 @@ def read_checkpoint(folder):
             if _sha256(folder / Path(name).name) != checksum:
                 raise UserError(f"--ckpt {folder}: {name} is damaged (wrong SHA-256); use another checkpoint")
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if saved["format"] > FORMAT:
-            raise UserError(f"--ckpt {folder}: format {saved['format']} is newer than this version's {FORMAT}; update LatentWire")
+        if saved["format"] != FORMAT:
+            mend = "update LatentWire" if saved["format"] > FORMAT else "its encoder looked at texts in another way; train it again"
+            raise UserError(f"--ckpt {folder}: format {saved['format']} is {'newer' if saved['format'] > FORMAT else 'older'} than this version's {FORMAT}; {mend}")
         return Checkpoint(folder, WireConfig(**saved["wire"]), saved["lm"], manifest["model.safetensors"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None

@@ -66,8 +66,7 @@ def most_surprising(lm, prompt, contexts, counts):
 def nearest_words(lm, prompt, items, counts, rarity):
     """Of each item's context the counts[b] tokens that stand nearest to the question's words, in their order. rarity (V,): how
     much a word counts (`model.rare`)."""
-    ids = pad([prompt.source(item, "asked") for item in items], PAD).to(lm.device)
-    asked = torch.tensor([len(item.question) for item in items], device=lm.device)
+    ids, asked = (t.to(lm.device) for t in prompt.sources(items, "asked"))
     near = nearness(embed(lm, ids), ids != PAD, asked, rarity.to(lm.device)[ids.clamp(min=0)]).cpu()
     scores = [row[len(item.question):][:len(item.context)] for row, item in zip(near, items)]
     return [item.context[score.topk(min(m, len(score))).indices.sort().values.numpy()] for item, score, m in zip(items, scores, counts)]

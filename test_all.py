@@ -29,7 +29,7 @@ import data
 import model
 import report
 from ask import load_latents
-from common import UserError
+from common import UserError, write_atomic
 from data import LATENT, PAD, Example, Item, Prompt, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
 from eval import compare, evaluate_row, exact_match, f1_score, interval, length_batches, ratio_interval, read_upper, row_ids
 from lm import LoRALinear, _converted, answer_logits, generate, lm_identity, load_lm, lora_off
@@ -236,6 +236,8 @@ def test_epoch_plan_covers_once_for_any_number_of_processes():
         assert sum(map(len, rows)) <= 8 and all(len({i // 5 for i in row}) == 1 for row in rows)
     with pytest.raises(UserError, match="do not fill one batch"):
         epoch_plan(groups[:2], lengths, 64, 8, 0, 0)
+    few = [[i] for i in range(100)]  # of which a batch of 64 leaves some out of every epoch, but not the same ones
+    assert {i for epoch in range(20) for step in epoch_plan(few, list(range(100)), 64, 8, 0, epoch) for rows in step for row in rows for i in row} == set(range(100))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -617,6 +619,59 @@ def test_a_steep_density_takes_the_tokens_themselves(tiny, monkeypatch):
     assert attention[0, torch.arange(8), chosen.nonzero()[:, 0]].min() > 0.999
 
 
+def test_find_teaches_where_the_encoder_misses(tiny):
+    """An answer that no latent sees at all still says where to look."""
+    wire, prompt, items = make_wire(tiny, scope="asked", d_z=128)
+    density = torch.zeros(1, 44, 1)
+    density[0, 10:20] = 60.0
+    density.requires_grad_()
+    wire.encoder.density.forward = lambda x: density
+    batch = pack([(prompt.prefix(items[0], "asked", 8), [(items[0].question, np.array([7, 8, 0]))])],
+                 [np.array([*range(100, 104), *range(200, 230), 7, 8, *range(300, 308)])], [8], [4])
+    _, attention = wire.encode(batch.context, batch.latents, batch.asked)
+    assert batch.found[:, 1].tolist() == [34, 35] and attention[0, :, 34:36].max() < 1e-12
+    wire_loss(torch.zeros(len(batch.label), 10), batch, {"find": 1.0}, attention=attention)[0].backward()
+    assert density.grad[0, 34:36].max() < -0.1
+
+
+@pytest.mark.parametrize("width", [64, 192, 448])
+def test_any_multiple_of_64_is_a_width(tiny, width):
+    for kind in ("pointer", "query", "pool"):
+        wire, prompt, items = make_wire(tiny, encoder=kind, d_z=width)
+        assert wire.encode(pad([items[0].context], PAD), torch.tensor([4]))[0].isfinite().all()
+
+
+def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
+    """One that took another time than the base runs again for the base's, a finished one does not, and changed data is refused."""
+    import ablate
+    calls = []
+
+    def call(script, *flags):
+        calls.append([script, *map(str, flags)])
+        folder = Path(flags[flags.index("--out") + 1]) if script == "train.py" else Path(flags[flags.index("--ckpt") + 1]).parent.parent
+        if script == "train.py":
+            given = dict(flag[2:].split("=") for flag in flags[:3])
+            minutes = flags[flags.index("--minutes") + 1]
+            write_atomic(folder / "config.json", json.dumps({**given, "samples": int(given["samples"])}))
+            write_atomic(folder / "ckpt/last/state.json", json.dumps({"finished": True, "seen": 10, "elapsed": 60 * minutes or (600 if "pool" in folder.name else 300)}))
+        else:
+            scores = dict(f1=0.5, em=0.4, f1_ci95=[0.4, 0.6], em_ci95=[0.3, 0.5], first_token_top1=0.5, nll_token=1.0)
+            write_atomic(folder / "eval/metrics.json", json.dumps({"lm": "x", "is_text": False, "latent_len": 32, **{
+                row: {"x": scores} for row in flags[flags.index("--mode") + 1].split(",")}}))
+    monkeypatch.setattr(ablate, "call", call)
+    begin = lambda *flags: (monkeypatch.setattr(ablate, "args", ablate.parse_args(["--cells", "base,query,pool", "--out", str(tmp_path), *flags]), raising=False), ablate.main())
+    begin()
+    trained = [(Path(c[c.index("--out") + 1]).name, c[c.index("--minutes") + 1]) for c in calls if c[0] == "train.py"]
+    assert trained == [("base", "0.0"), ("query", "0.0"), ("pool", "0.0"), ("pool_equal_time", "5.0")]
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    assert rows[-1].startswith("| pool | equal time | 10 | 5.0 | 32 | 50.0 [40.0, 60.0] |") and len(rows) == 2 + 6 + 3
+    calls.clear()
+    begin()
+    assert not calls
+    with pytest.raises(UserError, match="was trained with --data squad, not synthetic"):
+        begin("--data", "synthetic")
+
+
 def test_budgets_and_ratio(tiny):
     assert budgets(WireConfig(latents="32,8,16")) == [8, 16, 32] and budgets(WireConfig()) == [32]
     wire, prompt, items = make_wire(tiny, latents="4,8")
@@ -702,6 +757,9 @@ def test_temperature_and_entropy_do_what_they_say():
     collapsed = wire_loss(sure[[0, 0, 0, 0]], batch, {"entropy": 1.0})[0].item()
     assert spread == pytest.approx(-math.log(4), abs=1e-4) and collapsed == pytest.approx(0, abs=1e-4)  # certain answers are not blurred
     assert "entropy" not in wire_loss(sure[:1], hand_batch([0], [0], [0]), {"tf": 1.0, "entropy": 1.0})[1]
+    impossible = torch.tensor([[0.0, 200.0, -200.0], [200.0, 0.0, -200.0]], requires_grad=True)  # p of the last is 0
+    wire_loss(impossible, hand_batch([0, 0], [0, 1], [0, 1]), {"entropy": 1.0})[0].backward()
+    assert impossible.grad.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -748,6 +806,15 @@ def test_an_interrupted_swap_leaves_the_previous_checkpoint(tiny, tmp_path, monk
     with pytest.raises(RuntimeError):
         save_checkpoint(tmp_path / "ck", wire)
     assert read_checkpoint(tmp_path / "ck").checksum == before
+
+
+@pytest.mark.parametrize("number, mend", [(1, "older than this version's .*train it again"), (99, "newer than this version's .*update")])
+def test_another_format_is_refused(tiny, tmp_path, monkeypatch, number, mend):
+    monkeypatch.setattr(model, "FORMAT", number)
+    save_checkpoint(tmp_path / "ckpt", make_wire(tiny)[0])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=mend):
+        read_checkpoint(tmp_path / "ckpt")
 
 
 def test_any_damage_is_noticed(tiny, tmp_path):

@@ -34,7 +34,7 @@ from common import UserError, append_line, first_process, log, nearest, read_lin
 from data import Prompt, collate, epoch_plan, group_by_context, load_data
 from eval import evaluate_row, summary
 from lm import join, load_lm, pick_device, shard
-from model import LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint
+from model import CHUNK, LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint
 
 
 def option(default, text):
@@ -315,6 +315,8 @@ def train(config, rank, world, device, dtype, why, stack):
     if config.batch % micro or config.batch // micro % world:
         raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; change "
                         "--batch or --micro_batch")
+    if config.shard and config.max_prompt_tokens > CHUNK:  # in step only while every process runs the layers as often as the others
+        raise UserError(f"--max_prompt_tokens {config.max_prompt_tokens} does not go with --shard, whose processes must read their texts in one piece; give {CHUNK} or less")
     torch.manual_seed(config.seed)
 
     # model
