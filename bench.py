@@ -380,7 +380,7 @@ def bench_answer():
                 cache[name] = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers) / 1e6 / batch
             times, repeats = side_by_side({
                 "text": lambda: answer("text", text), "encoder + latents": lambda: answer("made", latent, wire.encode(context, M)[0]),
-                "latents ready": lambda: answer("latents", latent, ready), "first 32 tokens": lambda: answer("cut", cut)}, args.repeats, 30)
+                "latents ready": lambda: answer("latents", latent, ready), "first 32 tokens": lambda: answer("cut", cut)}, args.repeats, 20)
             rows.append([f"{batch} x {T}", *(f"{1e3 * taken:.0f}" for taken in times.values()), f"{times['text'] / times['encoder + latents']:.1f}x",
                          f"{times['text'] / times['latents ready']:.1f}x", f"{cache['text']:.1f}", f"{cache['latents']:.1f}", repeats])
             results[f"{batch}x{T}"] = {"seconds": times, "repeats": repeats, "kv_cache_mb": cache, "kv_cache_mb_computed": {
@@ -446,8 +446,8 @@ def sent_bytes():
 
 
 def bench_ddp():
-    """On synthetic passages, 10 steps each time."""
-    found, steps, travelled = {1: [], 2: []}, 10, {1: [], 2: []}
+    """On synthetic passages, six steps each time."""
+    found, steps, travelled = {1: [], 2: []}, 6, {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for turn, world in enumerate((1, 2, 1, 2)):
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py", "--preset", "demo", "--lm", args.lm,
