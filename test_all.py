@@ -512,7 +512,7 @@ def test_prefix_has_the_rms_of_embeddings(tiny):
 def test_pool_is_the_mean_of_windows():
     encoder = Encoder("pool", 16, 64, 0, 40.0, 100)
     h = torch.randn(1, 12, 16)
-    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long(), None, None)
+    _, attention = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long(), None, torch.tensor([0]))
     assert torch.allclose(attention[0], torch.eye(4).repeat_interleave(3, 1) / 3, atol=1e-6)
 
 
