@@ -81,11 +81,13 @@ def seconds(run):
 
 
 def side_by_side(contenders, repeats, enough=math.inf):
-    """({name: median seconds}, repeats) of {name: function}; they alternate. The first round is a warm-up; none begins after
-    `enough` seconds, and if the first alone took as long, it is the one that counts."""
+    """({name: median seconds}, repeats) of {name: function}; they alternate, in another order each round, since what ran before
+    one leaves it caches and memory. The first round is a warm-up; none begins after `enough` seconds, and if the first
+    alone took as long, it is the one that counts."""
     rounds, began = [], time.perf_counter()
     while not rounds or len(rounds) <= repeats and time.perf_counter() - began < enough:
-        rounds.append({name: seconds(run) for name, run in contenders.items()})
+        order = random.Random(len(rounds)).sample(list(contenders), len(contenders))
+        rounds.append({name: seconds(contenders[name]) for name in order})
     rounds = rounds[1:] or rounds
     return {name: statistics.median(taken[name] for taken in rounds) for name in contenders}, len(rounds)
 
