@@ -74,7 +74,7 @@ def run_cell(name, flags, out, minutes=0.0):
             "elastic": ["latent", "latent@8", "latent@16", "latent@32", "latent@64"]}.get(name, ["latent"])
     found = json.loads(metrics.read_text()) if metrics.exists() else {}
     todo = [row for row in rows if not find_row(found, row, found.get("lm"))]
-    if todo:
+    if todo or found["samples"] != args.eval_samples:
         call("eval.py", "--mode", ",".join(todo or rows), "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data, "--samples", args.eval_samples)
     return folder
 

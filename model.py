@@ -489,8 +489,8 @@ def read_checkpoint(folder):
                 raise UserError(f"--ckpt {folder}: {name} is damaged (wrong SHA-256); use another checkpoint")
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
-            mend = "update LatentWire" if saved["format"] > FORMAT else "its encoder looked at texts in another way; train it again"
-            raise UserError(f"--ckpt {folder}: format {saved['format']} is {'newer' if saved['format'] > FORMAT else 'older'} than this version's {FORMAT}; {mend}")
+            age, mend = ("newer", "update LatentWire") if saved["format"] > FORMAT else ("older", "its encoder looked at texts in another way; train it again")
+            raise UserError(f"--ckpt {folder}: format {saved['format']} is {age} than this version's {FORMAT}; {mend}")
         return Checkpoint(folder, WireConfig(**saved["wire"]), saved["lm"], manifest["model.safetensors"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None

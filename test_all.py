@@ -656,7 +656,7 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
             write_atomic(folder / "ckpt/last/state.json", json.dumps({"finished": True, "seen": 10, "elapsed": 60 * minutes or (600 if "pool" in folder.name else 300)}))
         else:
             scores = dict(f1=0.5, em=0.4, f1_ci95=[0.4, 0.6], em_ci95=[0.3, 0.5], first_token_top1=0.5, nll_token=1.0)
-            write_atomic(folder / "eval/metrics.json", json.dumps({"lm": "x", "is_text": False, "latent_len": 32, **{
+            write_atomic(folder / "eval/metrics.json", json.dumps({"lm": "x", "samples": flags[flags.index("--samples") + 1], "is_text": False, "latent_len": 32, **{
                 row: {"x": scores} for row in flags[flags.index("--mode") + 1].split(",")}}))
     monkeypatch.setattr(ablate, "call", call)
     begin = lambda *flags: (monkeypatch.setattr(ablate, "args", ablate.parse_args(["--cells", "base,query,pool", "--out", str(tmp_path), *flags]), raising=False), ablate.main())
@@ -668,6 +668,8 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
     calls.clear()
     begin()
     assert not calls
+    begin("--eval_samples", "7")
+    assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
     with pytest.raises(UserError, match="was trained with --data squad, not synthetic"):
         begin("--data", "synthetic")
 
