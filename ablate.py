@@ -44,7 +44,7 @@ def parse_args(argv=None):
     add("--data", default="squad", help="squad (default), synthetic, or the training file")
     add("--eval_data", default="squad", help="squad (default), synthetic, or the file whose questions are answered")
     add("--preset", default="squad", help="recipe of train.py that every cell starts from (default squad)")
-    add("--samples", type=int, default=1500, help="training questions a cell (default 1500, about 4 minutes on 2 cores)")
+    add("--samples", type=int, default=1000, help="training questions a cell (default 1000, about 5 minutes on 2 cores)")
     add("--eval_samples", type=int, default=500, help="questions answered a cell (default 500)")
     add("--cells", default=",".join(CELLS), help=f"some of: {', '.join(CELLS)}")
     add("--out", default="runs/ablate", help="folder (default runs/ablate)")
@@ -70,7 +70,7 @@ def run_cell(name, flags, out, minutes=0.0):
         call("train.py", *(f"--{key}={value}" for key, value in given.items()), "--epochs", 1, "--minutes", minutes, "--eval_samples", 25,
              "--eval_every", 0, "--resume", "--out", folder, *flags.split())
     metrics = folder / "eval" / "metrics.json"
-    rows = {"base": ["latent", "latent_shuffled", "text_lora", "truncated_lora", "selective_lora", "matched_lora"],
+    rows = {"base": ["latent", "latent_shuffled", "matched_lora"],
             "elastic": ["latent", "latent@8", "latent@16", "latent@32", "latent@64"]}.get(name, ["latent"])
     found = json.loads(metrics.read_text()) if metrics.exists() else {}
     todo = [row for row in rows if not find_row(found, row, found.get("lm"))]
@@ -91,7 +91,7 @@ def table(folders):
     for (name, budget), folder in folders.items():
         metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
-        for row in ("latent", "latent_shuffled", "text_lora", "truncated_lora", "selective_lora", "matched_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
+        for row in ("latent", "latent_shuffled", "matched_lora", "latent@8", "latent@16", "latent@32", "latent@64"):
             found = find_row(metrics, row, metrics["lm"])
             if not found:
                 continue

@@ -53,7 +53,7 @@ from safetensors.torch import save_file
 
 from data import Example, Prompt, pack, whole
 from lm import answer_logits, embed, generate, lm_identity, load_lm
-from model import dequantise, load_wire, payload_bytes, quantise, read_checkpoint
+from model import dequantise, load_wire, mean_embedding, payload_bytes, quantise, read_checkpoint
 
 
 def printable(text):
@@ -152,7 +152,7 @@ def inspect(wire, tokenizer, prompt, item, M, max_new_tokens):
 
     table = F.normalize(wire.lm.get_input_embeddings().weight.float(), dim=-1)  # (V, d)
     near = (F.normalize(prefix.float(), dim=-1) @ table.T).topk(4)
-    plain = wire.adapter.scaled(attention @ embed(wire.lm, torch.as_tensor(document, device=device).long()).float())  # what the latent would be without its residual
+    plain = mean_embedding(attention, embed(wire.lm, torch.as_tensor(document, device=device).long()).float())  # what the latent would be without its residual
     residual = (prefix - plain).norm(dim=-1)
     share = residual / (residual + plain.norm(dim=-1))
     print(f"{'latent':>6}  {'looks at':<58}  {'nearest in the vocabulary (cosine)':<58}  residual")

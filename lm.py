@@ -310,7 +310,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled or self.merged:
             return y
-        return y + self.scale * F.linear(F.linear(self.dropout(x), self.A.to(x.dtype)), self.B.to(x.dtype))
+        middle = self.scale * F.linear(self.dropout(x), self.A.to(x.dtype))  # scaled here, where it is narrow
+        return y + F.linear(middle, self.B.to(x.dtype))
 
     @torch.no_grad()
     def merge(self):

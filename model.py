@@ -29,8 +29,9 @@ from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
-ZOOM = 32.0  # how much more of the latents goes where the question's words are, at the start
-FORMAT = 2  # of the checkpoint folder, and of what its weights mean; another is refused
+ZOOM = 32.0  # how steeply the wish for latents rises with the nearness of the question's words, at the start
+HARD = 64.0  # how much steeper the latents are shared out than wished for: almost one each to the M tokens that are wished for most
+FORMAT = 3  # of the checkpoint folder, and of what its weights mean; another is refused
 
 
 @dataclass
@@ -148,9 +149,9 @@ class Encoder(nn.Module):
              u_t = M (t + 1/2) / T is the place of token t: every latent has as many tokens. An encoder that has read the question
              (scope asked, prompt) gives more latents to some parts than to others, as the eye does: each token gets a share
              of the latents, at most one, and u_t is the running sum of shares (continuous integrate-and-fire, arXiv
-             1905.11235), and log share_t is added to the score: a token without a share is in no latent. Shares are
-             exp(f(x_t) + a n_t), f starting at 0, n_t the share of the question's words, the rare ones counting most,
-             that stand near (`nearness`).
+             1905.11235), and log share_t is added to the score: a token without a share is in no latent. The tokens with the
+             largest f(x_t) + a n_t get a latent each (`places`), f starting at 0, n_t the share of the question's words, the
+             rare ones counting most, that stand near (`nearness`): the wire starts as those tokens themselves.
              The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
              the LM can read the latents before any training. s starts as the token's surprise without context,
              -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al., ICLR 2017).
@@ -194,16 +195,20 @@ class Encoder(nn.Module):
             self.rarity.copy_(rare(counts + token_counts(questions, len(self.salience))))
 
     def places(self, x, mask, M, ids, embeds, asked):
-        """(share of a latent that each token gets, tokens that the latents stand for), both (B, T)."""
-        read = mask
+        """(share of a latent that each token gets, its logarithm, tokens that the latents stand for), each (B, T). An encoder that has
+        read the question takes its shares from a steep density and their gradients from a soft one, which also reaches what is
+        left out (a straight-through estimator, arXiv 1308.3432)."""
+        read, floored = mask, lambda share, floor: share.clamp(min=floor).log()
         if self.scope == "asked":  # the question stays text: it is read, not pointed at
             mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= asked[:, None])
         if self.kind != "pointer" or self.scope == "context":
-            return mask * (M / mask.sum(1))[:, None], mask
+            share = mask * (M / mask.sum(1))[:, None]
+            return share, floored(share, 1e-30), mask
         with torch.autocast(x.device.type, enabled=False):  # bf16 would round log-densities of 16 to eighths
             near = nearness(embeds, read, asked, F.relu(self.rarity[ids.clamp(min=0)]))
-            log_density = self.density(x.float()).squeeze(-1) + ZOOM * self.zoom * near
-        return spread(log_density, mask, M), mask
+            wish = self.density(x.float()).squeeze(-1) + ZOOM * self.zoom * near
+            soft, hard = spread(wish, mask, M), spread(HARD * wish.detach(), mask, M)
+        return soft + (hard - soft).detach(), floored(soft, 1e-30) + (floored(hard, 1e-13) - floored(soft, 1e-30)).detach(), mask
 
     def forward(self, h, mask, M, ids, embeds, asked):
         """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T), embeds (B, T, d) the LM's input embeddings, asked
@@ -221,7 +226,7 @@ class Encoder(nn.Module):
                 x = block(x, mask[:, None, None])
             return x
         x = self.final(in_chunks(through_blocks, int(asked.max()), x, mask))
-        share, mask = self.places(x, mask, M, ids, embeds, asked)
+        share, log_share, mask = self.places(x, mask, M, ids, embeds, asked)
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
         value = split(self.value(x))
         if self.kind == "query":
@@ -235,18 +240,24 @@ class Encoder(nn.Module):
             offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
             offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, T)
             outside = ((distance[:, None] + offset).abs() - 0.5 - 1e-4).clamp(min=0)                    # (B, heads, M, T)
-            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + share.clamp(min=1e-30).log())[:, None]  # (B, heads, T)
+            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + log_share)[:, None]  # (B, heads, T)
             score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
         attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
         return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1)
 
 
+def mean_embedding(attention, embeds):
+    """What the LM reads before any training: means (B, M, d) of input embeddings (B, T, d) by attention (B, M, T), brought to the
+    mean length of their tokens, since a mean of several is shorter than each. A latent of one token is that token."""
+    mean, length = attention @ embeds, attention @ embeds.norm(dim=-1, keepdim=True)
+    return mean * (length / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6))
+
+
 class Adapter(nn.Module):
     """Latents (B, M, z) -> prefix (B, M, d) at the RMS of the LM's input embeddings.
 
-    With a readable base (B, M, d), brought to that RMS (a mean of several embeddings is shorter than each), the latents are
-    a residual that starts at 0. Its factor rms matters: Adam's first steps have the size of the learning rate whatever the
-    gradient, and unscaled they would swamp the base."""
+    With a readable base (B, M, d) the latents are a residual that starts at 0. Its factor rms matters: Adam's first steps
+    have the size of the learning rate whatever the gradient, and unscaled they would swamp the base."""
 
     def __init__(self, width, d, rms, residual):
         super().__init__()
@@ -255,13 +266,11 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
 
-    def scaled(self, x):
-        """x (..., d) at that RMS."""
-        return self.rms * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12)
-
     def forward(self, z, base=None):
         y = self.out(z)
-        return self.scaled(y) if base is None else self.scaled(base) + self.rms * y
+        if base is not None:
+            return base + self.rms * y
+        return self.rms * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-12)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,7 +368,7 @@ class LatentWire(nn.Module):
         h = self.hidden(embeds, int(asked.max()))
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
         z, attention = self.encoder(h.float(), mask, M, context, embeds, asked)
-        base = attention @ embeds.float() if self.config.encoder == "pointer" else None
+        base = mean_embedding(attention, embeds.float()) if self.config.encoder == "pointer" else None
         return self.adapter(z, base), attention
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):

@@ -382,7 +382,8 @@ def train(config, rank, world, device, dtype, why, stack):
     bar = stack.enter_context(tqdm(total=total, initial=state["step"], unit="step", disable=not master, dynamic_ncols=True))
     note(f"{name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} process(es)")
     note(f"trainable {sum(p.numel() for p in trainable.values()):,}, frozen {sum(p.numel() for p in lm.parameters() if not p.requires_grad):,}")
-    note(f"{len(items)} questions on {len(groups)} contexts, {len(dev)} dev; {total} steps of {config.batch} questions, micro-batches of {micro}")
+    note(f"{len(items)} questions on {len(groups)} contexts, {len(dev)} dev; {total} steps of {config.batch} questions, micro-batches of {micro}"
+         + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
 
     model = wire
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
@@ -464,6 +465,8 @@ def train(config, rank, world, device, dtype, why, stack):
                     raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {last}. Lower --lr")
             optimizer.zero_grad(set_to_none=True)
             state.update(step=state["step"] + 1, epoch_step=state["epoch_step"] + 1, seen=state["seen"] + asked)
+            if progress and config.minutes:  # the steps that there is time for, so that the bar's ETA is the run's
+                bar.total = max(state["step"], round((state["step"] - 1) / progress))
             bar.update()
 
             if state["step"] % config.log_every == 0:
