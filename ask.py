@@ -166,8 +166,8 @@ def inspect(wire, tokenizer, prompt, item, M, max_new_tokens):
     row = np.concatenate([prompt.prefix(item, "context", M), asked])
     answer = generate(wire.lm, tokenizer, [row], prefix[None], max_new_tokens)
     said = np.array(answer.ids[0] or [prompt.end])
-    # The same answer's probability when the tokens of one latent's window are taken out of the document.
-    owner = attention.argmax(0).cpu().numpy()
+    # The same answer's probability when the tokens of one latent's window are taken out of the document; -1: not picked.
+    owner = torch.where(attention.amax(0) > 0, attention.argmax(0), -1).cpu().numpy()
     windows = [np.flatnonzero(owner == m) for m in range(M)]
     windows = [window for window in windows if 0 < len(window) < T]
     texts = [document] + [np.delete(document, window) for window in windows]

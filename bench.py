@@ -492,13 +492,13 @@ def plan(model, gpus, batch, context=246, latents=32, asked=24, template=45, ans
     layers, d, kv, mlp, vocabulary = MODELS[model]
     per_layer = 2 * d * d + 2 * d * kv + 3 * d * mlp
     lora = layers * rank * (2 * (d + d) + 2 * (d + kv) + 3 * (d + mlp))  # A and B of all seven projections
-    encoder = d * d_z + 2 * 12 * d_z * d_z + d_z * d + 4 * d_z * d_z     # two blocks, projections in and out, query, key, value
-    trained = lora + encoder + 2 * vocabulary                            # salience and rarity
+    encoder = d * d_z + 2 * 12 * d_z * d_z + d_z * d + d_z * d_z         # two blocks, projections in and out, value
+    trained = lora + encoder
     rows = batch / gpus
     at_once, read, seen = min(rows, micro), latents + template + asked + answer, context + asked
     # Forward 2 FLOPs a weight and token; backward the input's gradient, 2 more, and a trained weight's own, 2 more. Products of
     # tokens with tokens are left out: below 1% at these lengths.
-    flops = rows * (4 * layers * per_layer * read + 2 * (layers // 3) * per_layer * seen + 4 * vocabulary * d * answer + 6 * lora * read + 6 * encoder * seen)
+    flops = rows * (4 * layers * per_layer * read + 2 * (layers // 3 * 2) * per_layer * seen + 4 * vocabulary * d * answer + 6 * lora * read + 6 * encoder * seen)
     # Sharded (FSDP2): embeddings and head whole, 1/n of the layers and two whole ones, the one at work and the one on its way.
     held = (2 * layers * per_layer / gpus + 2 * 2 * per_layer if shard else 2 * layers * per_layer) + 2 * 2 * vocabulary * d
     # Kept per token and layer for the backward pass, in bf16 elements: for each of two norms its float32 input (2 d) and its
@@ -510,7 +510,7 @@ def plan(model, gpus, batch, context=246, latents=32, asked=24, template=45, ans
               "activations": activations, "logits": at_once * answer * vocabulary * 4 * 3}
     reduce = 4 * trained * 2 * (gpus - 1) / gpus  # ring all-reduce sends 2 (n-1)/n of the gradients
     # Sharded layers are gathered for each pass through them: the encoder's, the forward and the backward one, once a micro-batch.
-    gather = 2 * layers * per_layer * (2 + 1 / 3) * math.ceil(rows / micro) * (gpus - 1) / gpus if shard else 0
+    gather = 2 * layers * per_layer * (2 + 2 / 3) * math.ceil(rows / micro) * (gpus - 1) / gpus if shard else 0
     link = H100["link"] if gpus <= H100["node"] else H100["network"]
     seconds = max(flops / (H100["flops"] * utilisation), gather / link) + reduce / link  # the next layer travels while one works
     return {"memory": memory, "total": sum(memory.values()), "flops": flops * gpus, "reduce_bytes": reduce, "gather_bytes": gather,

@@ -6,15 +6,14 @@ sizes combine by their number of questions alone.
     kce      the same over the first K tokens
     first    cross-entropy of the first token
     kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv 1503.02531)
-    find     -log of how much of a latent a token gets that is part of the answer, where the text holds the answer: what the
-             encoder should look at, said at once rather than through the LM
+    find     cross-entropy of the answer's tokens in the text, where it holds them, under what an encoder picks tokens by
     entropy  -H(p), p = mean over the micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
 different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one
 question has nothing to compare and would only be blurred: it gets none.
 
-Shapes: A answer tokens of Q questions, V the vocabulary, B rows of M latents and T context tokens.
+Shapes: A answer tokens of Q questions, V the vocabulary, B rows of T context tokens.
 """
 import torch
 import torch.nn.functional as F
@@ -28,12 +27,12 @@ def per_question_mean(values, owner, size):
     return (total / count.clamp(min=1)).mean()
 
 
-def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, attention=None):
-    """The weighted sum of the parts and a dict of each part whose weight is not 0 (plain floats are left to the caller).
+def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, wish=None):
+    """The weighted sum of the parts and a dict of each part whose weight is not 0, and find (plain floats are left to the caller).
 
     logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of the
-    teacher for the tokens with batch.step < K, in the same order; needed when weights has kd. attention (B, M, T): where the
-    latents look; without it, or where no text holds its answer, there is no find."""
+    teacher for the tokens with batch.step < K, in the same order; needed when weights has kd. wish (B, T): the log-probabilities
+    that the encoder picks tokens by."""
     logits, step, owner, size = logits.float(), batch.step, batch.owner, batch.size
     early = step < K
     weights = {name: weight for name, weight in weights.items() if weight}
@@ -51,12 +50,10 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, attent
         target = F.log_softmax(teacher.float() / temperature, dim=-1)
         kl = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)  # (A',)
         parts["kd"] = per_question_mean(kl, owner[early], size) * temperature ** 2
-    if "find" in weights and attention is not None and len(batch.found):
+    if wish is not None:  # whatever its weight: DDP wants a gradient, be it 0, for every parameter
         row, col, question = batch.found.T
-        real = torch.arange(attention.shape[1], device=attention.device) < batch.latents[row, None]  # (F, M)
-        seen = (attention[row, :, col] * real).sum(1)                                                # (F,)
-        parts["find"] = per_question_mean(-seen.clamp(1e-30, 1).log(), question, size)
+        parts["find"] = per_question_mean(-wish[row, col], question, size)
     if "entropy" in weights and size > 1:
         p = logits[step == 0].softmax(-1).mean(0)  # (V,)
         parts["entropy"] = (p * p.clamp(min=1e-30).log()).sum()  # xlogy has no gradient at 0
-    return sum(weights[name] * part for name, part in parts.items()), parts
+    return sum(weights.get(name, 0.0) * part for name, part in parts.items()), parts

@@ -29,9 +29,8 @@ from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
 from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
-ZOOM = 32.0  # how steeply the wish for latents rises with the nearness of the question's words, at the start
-HARD = 64.0  # how much steeper the latents are shared out than wished for: almost one each to the M tokens that are wished for most
-FORMAT = 3  # of the checkpoint folder, and of what its weights mean; another is refused
+NEAR = 7.0  # the nearness of the question's words, as a logit: the factor with which it alone tells the answer's tokens best
+FORMAT = 4  # of the checkpoint folder, and of what its weights mean; another is refused
 
 
 @dataclass
@@ -45,7 +44,7 @@ class WireConfig:
     latents: str = field(default="32", metadata={"help": "M, how many latents replace the text; several (8,16,32,64) train one wire for all"})
     ratio: float = field(default=0.0, metadata={"help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents"})
     d_z: int = field(default=512, metadata={"help": "width of a latent before the adapter"})
-    depth: int = field(default=0, metadata={"help": "k, the LM layer whose hidden states the encoder reads; 0: a third of them"})
+    depth: int = field(default=0, metadata={"help": "k, the LM layer whose hidden states the encoder reads; 0: a third of them, two thirds where it has read the question"})
     blocks: int = field(default=2, metadata={"help": "trainable bidirectional blocks of the encoder"})
     sharp: float = field(default=40.0, metadata={"help": "how steeply the pointer's attention falls outside its window"})
     lora_rank: int = field(default=32, metadata={"help": "0: no LoRA"})
@@ -56,21 +55,6 @@ class WireConfig:
 
 # ------------------------------------------------------------------------------------------------
 # Where to look
-
-def spread(log_density, mask, M):
-    """How many latents each token gets (B, T): M (B,) shared out in proportion to exp(log_density) (B, T), but none more than
-    one to a token: what the largest cannot take goes to the others."""
-    log_density, M = log_density.masked_fill(~mask, float("-inf")), M[:, None]
-    with torch.no_grad():  # which tokens are full: from the largest down, each as long as its part of what is left is one
-        ordered, index = log_density.sort(1, descending=True)
-        left = (M - torch.arange(mask.shape[1], device=M.device)).clamp(min=1e-9).log()
-        is_full = (left + ordered - ordered.flip(1).logcumsumexp(1).flip(1) >= -1e-6).cumprod(1).bool()
-        full = torch.zeros_like(mask).scatter(1, index, is_full)
-    # -1e4, not -inf: where every token is full there must be something left to divide the nothing among
-    rest = (M - full.sum(1, keepdim=True)) * log_density.masked_fill(full, -1e4).softmax(1)
-    share = torch.where(full, 1.0, rest).clamp(max=1)
-    return share * (M / share.sum(1, keepdim=True))
-
 
 def token_counts(texts, vocabulary):
     """How often each token of a vocabulary occurs in a list of (n,) token ids: (V,) float32."""
@@ -144,19 +128,19 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Hidden states h (B, T, d) of the text -> latents (B, M, z) and, for the pointer, where each one looks (B, M, T).
 
-    pointer  latent m is a weighted mean over its window of the text, by several heads: a softmax over t of
-             q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - u_t| - 1/2)^2.
-             u_t = M (t + 1/2) / T is the place of token t: every latent has as many tokens. An encoder that has read the question
-             (scope asked, prompt) gives more latents to some parts than to others, as the eye does: each token gets a share
-             of the latents, at most one, and u_t is the running sum of shares (continuous integrate-and-fire, arXiv
-             1905.11235), and log share_t is added to the score: a token without a share is in no latent. The tokens with the
-             largest f(x_t) + a n_t get a latent each (`places`), f starting at 0, n_t the share of the question's words, the
-             rare ones counting most, that stand near (`nearness`): the wire starts as those tokens themselves.
+    pointer  reads the text before it knows the question: latent m is a weighted mean over its window of the text, by several
+             heads, a softmax over t of
+             q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - u_t| - 1/2)^2
+             with u_t = M (t + 1/2) / T the place of token t: every latent has as many tokens. s starts as the token's surprise
+             without context, -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al.,
+             ICLR 2017). The offsets o_h spread the heads over the window, so that a latent knows the order of what it holds;
+             they vanish where a token has a latent of its own.
+             One that has read the question (scope asked, prompt) picks: the M tokens with the highest a n_t + f(x_t) get a latent
+             each. n_t is the share of the question's words, the rare ones counting most, that stand near (`nearness`); f starts
+             at 0 and learns from the places of the answers alone (`find`, losses.py), smoothed over 5 tokens, since answers
+             have several: the LM's loss says nothing about tokens that it does not see.
              The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
-             the LM can read the latents before any training. s starts as the token's surprise without context,
-             -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al., ICLR 2017).
-             The offsets o_h spread the heads over the window, so that a latent knows the order of what it holds; they
-             vanish where a token has a latent of its own.
+             the LM can read the latents before any training.
     query    M learned queries cross-attend to the whole text, starting from nothing (the Q-Former's kind,
              arXiv 2301.12597).
     pool     the mean of M equal windows of the text (arXiv 2510.20797).
@@ -173,47 +157,41 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, width // 64) for _ in range(blocks))
         self.final = nn.LayerNorm(width)
         self.value = nn.Linear(width, width)
-        if kind != "pool":
+        self.picks = kind == "pointer" and scope != "context"
+        if self.picks:
+            self.register_buffer("rarity", torch.ones(vocabulary))
+            self.look = nn.Linear(width, 1, bias=False)
+            nn.init.zeros_(self.look.weight)
+        elif kind != "pool":
             self.query, self.key = nn.Linear(64, width), nn.Linear(width, width, bias=False)
-        if kind == "pointer":
+        if kind == "pointer" and not self.picks:
             self.gate = nn.Linear(width, self.heads, bias=False)  # a bias would cancel in the softmax
             for start in (self.query.weight, self.query.bias, self.gate.weight):  # at first place and salience decide
                 nn.init.zeros_(start)
             self.salience = nn.Parameter(torch.zeros(vocabulary))
-            if scope != "context":
-                self.density = nn.Linear(width, 1, bias=False)
-                nn.init.zeros_(self.density.weight)
-                self.rarity, self.zoom = nn.Parameter(torch.ones(vocabulary)), nn.Parameter(torch.ones(()))
 
     @torch.no_grad()
     def count_tokens(self, texts, questions):
-        """Start the pointer's salience from the token frequencies of the texts, its rarity from those of texts and questions:
-        "who" and what a prompt puts around a question are rare in texts and yet say nothing. Each is a list of (n,) token ids."""
-        counts = token_counts(texts, len(self.salience))
-        self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
-        if self.scope != "context":
-            self.rarity.copy_(rare(counts + token_counts(questions, len(self.salience))))
+        """Start the pointer's salience from the token frequencies of the texts, or, where it picks, set its rarity from those of
+        texts and questions: "who" and what a prompt puts around a question are rare in texts and yet say nothing. Each is a
+        list of (n,) token ids."""
+        if self.picks:
+            self.rarity.copy_(rare(token_counts(texts + questions, len(self.rarity))))
+        else:
+            counts = token_counts(texts, len(self.salience))
+            self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
 
-    def places(self, x, mask, M, ids, embeds, asked):
-        """(share of a latent that each token gets, its logarithm, tokens that the latents stand for), each (B, T). An encoder that has
-        read the question takes its shares from a steep density and their gradients from a soft one, which also reaches what is
-        left out (a straight-through estimator, arXiv 1308.3432)."""
-        read, floored = mask, lambda share, floor: share.clamp(min=floor).log()
-        if self.scope == "asked":  # the question stays text: it is read, not pointed at
-            mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= asked[:, None])
-        if self.kind != "pointer" or self.scope == "context":
-            share = mask * (M / mask.sum(1))[:, None]
-            return share, floored(share, 1e-30), mask
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would round log-densities of 16 to eighths
-            near = nearness(embeds, read, asked, F.relu(self.rarity[ids.clamp(min=0)]))
-            wish = self.density(x.float()).squeeze(-1) + ZOOM * self.zoom * near
-            soft, hard = spread(wish, mask, M), spread(HARD * wish.detach(), mask, M)
-        return soft + (hard - soft).detach(), floored(soft, 1e-30) + (floored(hard, 1e-13) - floored(soft, 1e-30)).detach(), mask
+    def wish(self, x, text, read, ids, embeds, asked):
+        """log p (B, T) that a token is what the question asks for, -1e9 outside `text`; read: the question's tokens too."""
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would make ties
+            near = nearness(embeds, read, asked, self.rarity[ids.clamp(min=0)])
+            found = F.avg_pool1d((self.look(x.float()) * text[..., None]).transpose(1, 2), 5, 1, 2).squeeze(1)
+            return (NEAR * near + found).masked_fill(~text, -1e9).log_softmax(1)
 
     def forward(self, h, mask, M, ids, embeds, asked):
         """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T), embeds (B, T, d) the LM's input embeddings, asked
-        (B,) how many tokens at the front are the question -> z (B, max M, z), attention (B, max M, T). Rows past a row's own
-        M are meaningless and never read."""
+        (B,) how many tokens at the front are the question -> z (B, max M, z), attention (B, max M, T), None for query, and
+        where it picks the log-probabilities (B, T) that it picks by. Rows past a row's own M are meaningless and never read."""
         B, T, _ = h.shape
         m = torch.arange(int(M.max()), device=h.device)
         t = (torch.arange(T, device=h.device) + 0.5) / mask.sum(1, keepdim=True)  # (B, T) relative place of a token
@@ -226,24 +204,32 @@ class Encoder(nn.Module):
                 x = block(x, mask[:, None, None])
             return x
         x = self.final(in_chunks(through_blocks, int(asked.max()), x, mask))
-        share, log_share, mask = self.places(x, mask, M, ids, embeds, asked)
-        split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, M or T, z / heads)
+        text = mask
+        if self.scope == "asked":  # the question stays text: it is read, not pointed at
+            text = mask & (torch.arange(T, device=h.device) >= asked[:, None])
+        if self.picks:
+            wish = self.wish(x, text, mask, ids, embeds, asked)
+            picked = wish.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < M[:, None]
+            attention = (picked[:, None] & (picked.cumsum(1)[:, None] == m[:, None] + 1)).to(x.dtype)  # (B, M, T)
+            return attention @ self.value(x), attention, wish
+        split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, T or M, z / heads)
         value = split(self.value(x))
         if self.kind == "query":
-            y = F.scaled_dot_product_attention(split(self.query(fourier(r))), split(self.key(x)), value, attn_mask=mask[:, None, None])
-            return y.transpose(1, 2).reshape(B, len(m), -1), None
-        distance = (m + 0.5)[:, None] - (share.cumsum(1) - share / 2)[:, None]  # (B, M, T) in windows
+            y = F.scaled_dot_product_attention(split(self.query(fourier(r))), split(self.key(x)), value, attn_mask=text[:, None, None])
+            return y.transpose(1, 2).reshape(B, len(m), -1), None, None
+        share = M[:, None] / text.sum(1, keepdim=True)                            # (B, 1) windows per token
+        distance = (m + 0.5)[:, None] - (share * (text.cumsum(1) - 0.5))[:, None]  # (B, M, T) in windows
         if self.kind == "pool":
             score = torch.where(distance.abs() <= 0.5 + 1e-4, 0.0, -1e4)[:, None]  # not -inf: past a row's own M a window is empty
         else:  # written out, not through SDPA: the weights themselves are the result
             q, k = split(self.query(fourier(r))), split(self.key(x))
             offset = (torch.arange(self.heads, device=h.device) + 0.5) / self.heads - 0.5
-            offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, T)
+            offset = offset[:, None, None] * (1 - share)[:, None, None]                                 # (B, heads, 1, 1)
             outside = ((distance[:, None] + offset).abs() - 0.5 - 1e-4).clamp(min=0)                    # (B, heads, M, T)
-            gate = self.gate(x).transpose(1, 2) + (self.salience[ids.clamp(min=0)] + log_share)[:, None]  # (B, heads, T)
+            gate = self.gate(x).transpose(1, 2) + self.salience[ids.clamp(min=0)][:, None]              # (B, heads, T)
             score = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + gate[:, :, None] - self.sharp * outside ** 2
-        attention = score.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
-        return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1)
+        attention = score.masked_fill(~text[:, None, None], float("-inf")).softmax(-1)
+        return (attention @ value).transpose(1, 2).reshape(B, len(m), -1), attention.mean(1), None
 
 
 def mean_embedding(attention, embeds):
@@ -312,14 +298,14 @@ def payload_bytes(values, kind):
 
 class LatentWire(nn.Module):
     """Encoder + adapter + LoRA around a frozen LM. The LM is held outside the module tree's trainable and saved part:
-    `trainable()` names what is learned and saved."""
+    `trainable()` names what is learned, `kept()` what is saved."""
 
     def __init__(self, lm, config):
         super().__init__()
         check_config(config)
         d, layers = lm.config.hidden_size, lm.config.num_hidden_layers
         self.config, self.lm = config, lm
-        depth = config.depth or layers // 3
+        depth = config.depth or layers // 3 * (1 if config.scope == "context" else 2)
         if not 1 <= depth <= layers:
             raise UserError(f"--depth {config.depth}: this LM has {layers} layers")
         # The first k layers, sharing their weights with the LM: a shallow copy with a shorter list and no final norm.
@@ -336,6 +322,10 @@ class LatentWire(nn.Module):
     def trainable(self):
         """{name: parameter} of everything that is learned."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def kept(self):
+        """{name: tensor} of what a checkpoint holds: what is learned, and the counts of words that an encoder picks by."""
+        return {**self.trainable(), **{name: b for name, b in self.named_buffers() if name.startswith("encoder.")}}
 
     def count(self, length, M=None, ratio=None):
         """How many latents stand for a text of `length` tokens: M, or ceil(length / ratio), never more than there are tokens.
@@ -358,30 +348,34 @@ class LatentWire(nn.Module):
         """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
         scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T), None for the encoders query and text.
         Raises UserError without them."""
+        return self.look(context, M, asked)[:2]
+
+    def look(self, context, M, asked=None):
+        """What `encode` gives, and the log-probabilities (B, T) that an encoder picks by, None for one that does not."""
         if asked is None and self.config.scope != "context" and self.config.encoder != "text":
             raise UserError(f"a wire of --scope {self.config.scope} must be told how many tokens the question has, which stands in front of the text")
         mask = context != PAD
         embeds = embed(self.lm, context)
         if self.config.encoder == "text":
-            return embeds, None
+            return embeds, None, None
         asked = torch.zeros_like(M) if asked is None else asked
         h = self.hidden(embeds, int(asked.max()))
         # Padding is on the right and these layers are causal, so no token sees it; the encoder masks it.
-        z, attention = self.encoder(h.float(), mask, M, context, embeds, asked)
+        z, attention, wish = self.encoder(h.float(), mask, M, context, embeds, asked)
         base = mean_embedding(attention, embeds.float()) if self.config.encoder == "pointer" else None
-        return self.adapter(z, base), attention
+        return self.adapter(z, base), attention, wish
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
         """Weighted loss of a batch, its parts, and what the diagnostics show: answer logits (A, V), prefix, attention.
 
         teacher: the Batch of the same questions behind their text, for weights with kd."""
-        prefix, attention = self.encode(batch.context, batch.latents, batch.asked)
+        prefix, attention, wish = self.look(batch.context, batch.latents, batch.asked)
         logits = answer_logits(self.lm, batch, prefix)
         teacher_logits = None
         if weights.get("kd"):
             with torch.no_grad(), lora_off(self.lm):
                 teacher_logits = answer_logits(self.lm, teacher, keep=teacher.step < K)
-        total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits, attention)
+        total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits, wish)
         return total, parts, (logits.detach(), prefix.detach(), attention if attention is None else attention.detach())
 
     forward = loss  # what DDP calls
@@ -428,7 +422,7 @@ def check_config(config):
 # Checkpoints
 #
 # A folder:  config.json          format version, WireConfig, identity of the LM it belongs to
-#            model.safetensors    what was trained, by parameter name; never the LM's own weights. float32, or float16 in ckpt/best,
+#            model.safetensors    what was trained, by name; never the LM's own weights. float32, or float16 in ckpt/best,
 #                                 which is read and passed on, not trained further
 #            state.json, optimizer.safetensors    where training stood (written and read by train.py)
 #            manifest.json        SHA-256 of each of the files above
@@ -465,7 +459,7 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
 
 def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.trainable().items()}, part / "model.safetensors")
+    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()}, part / "model.safetensors")
     write_atomic(part / "config.json", json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
     if state is not None:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")
@@ -536,7 +530,7 @@ def load_wire(saved, lm):
 
 def load_trained(wire, folder):
     """Copy a checkpoint's weights into the wire. Raises UserError when names or shapes differ."""
-    wanted = wire.trainable()
+    wanted = wire.kept()
     try:
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -546,5 +540,5 @@ def load_trained(wire, folder):
         if have != want:
             raise UserError(f"--ckpt {folder}: {name} has shape {have}, this wire needs {want}; its config differs")
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(weights[name])
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])
