@@ -68,10 +68,10 @@ def rare(counts):
 
 
 def nearness(embeds, mask, asked, rarity):
-    """Which share of the question's words stands near each token, 0 to 1: (B, T). embeds (B, T, d) and mask (B, T): the LM's
-    input embeddings of a question of asked (B,) tokens and the text after it. Two words are as alike as their squared
-    cosine; a word counts more the rarer it is, in general (rarity, B, T) and in this text; near fades out over 32 tokens.
-    The question's own tokens get the text's highest."""
+    """Which share of the question's words stands near each token of the text, 0 to 1: (B, T). embeds (B, T, d) and mask (B, T):
+    the LM's input embeddings of a question of asked (B,) tokens and the text after it. Two words are as alike as their
+    squared cosine; a word counts more the rarer it is, in general (rarity, B, T) and in this text; near fades out over 32 tokens.
+    What stands at the question's own tokens means nothing."""
     T, Q = embeds.shape[1], int(asked.max())
     own = torch.arange(T, device=embeds.device) < asked[:, None]                  # (B, T) the question's tokens
     with torch.no_grad():
@@ -80,12 +80,16 @@ def nearness(embeds, mask, asked, rarity):
         mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                               # of places, there or not, so
         near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
     weight = rarity[:, :Q] * own[:, :Q] / (alike ** 4).sum(2).clamp(min=1)
-    near = ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
-    return torch.where(own, near.amax(1, keepdim=True), near)
+    return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------
 # Encoder and adapter
+
+def places(score):
+    """Which place each score (B, T) takes among those of its row, 0 the highest, the left one first of two equals."""
+    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+
 
 def in_chunks(run, lead, *x):
     """run(*x) for a long text, x each (B, T, ...): in chunks that overlap, since attention grows with the square of what it
@@ -138,7 +142,8 @@ class Encoder(nn.Module):
              One that has read the question (scope asked, prompt) picks: the M tokens with the highest a n_t + f(x_t) get a latent
              each. n_t is the share of the question's words, the rare ones counting most, that stand near (`nearness`); f starts
              at 0 and learns from the places of the answers alone (`find`, losses.py), smoothed over 5 tokens, since answers
-             have several: the LM's loss says nothing about tokens that it does not see.
+             have several: the LM's loss says nothing about tokens that it does not see. In scope prompt up to half of the latents
+             go to the question's own words first, but the commonest, the rarest of them: no answer's place would ask for them.
              The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
              the LM can read the latents before any training.
     query    M learned queries cross-attend to the whole text, starting from nothing (the Q-Former's kind,
@@ -181,12 +186,18 @@ class Encoder(nn.Module):
             counts = token_counts(texts, len(self.salience))
             self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
 
-    def wish(self, x, text, read, ids, embeds, asked):
-        """log p (B, T) that a token is what the question asks for, -1e9 outside `text`; read: the question's tokens too."""
+    def pick(self, x, mask, own, M, embeds, asked, rarity):
+        """Which tokens (B, T) get a latent, and log p (B, T) that one is what the question asks for, -1e9 outside the text after
+        it. own: the question's tokens."""
+        text = mask & ~own
         with torch.autocast(x.device.type, enabled=False):  # bf16 would make ties
-            near = nearness(embeds, read, asked, self.rarity[ids.clamp(min=0)])
             found = F.avg_pool1d((self.look(x.float()) * text[..., None]).transpose(1, 2), 5, 1, 2).squeeze(1)
-            return (NEAR * near + found).masked_fill(~text, -1e9).log_softmax(1)
+            wish = (NEAR * nearness(embeds, mask, asked, rarity) + found).masked_fill(~text, -1e9).log_softmax(1)
+        order = wish
+        if self.scope == "prompt":  # the question's words have no other way to the LM
+            weight = rarity * own
+            order = wish.masked_fill((weight > 0) & (places(weight) < M[:, None] // 2), 1.0)  # above any log p
+        return places(order) < M[:, None], wish
 
     def forward(self, h, mask, M, ids, embeds, asked):
         """h (B, T, d), mask (B, T) bool, M (B,) latents wanted, ids (B, T), embeds (B, T, d) the LM's input embeddings, asked
@@ -204,12 +215,10 @@ class Encoder(nn.Module):
                 x = block(x, mask[:, None, None])
             return x
         x = self.final(in_chunks(through_blocks, int(asked.max()), x, mask))
-        text = mask
-        if self.scope == "asked":  # the question stays text: it is read, not pointed at
-            text = mask & (torch.arange(T, device=h.device) >= asked[:, None])
+        own = torch.arange(T, device=h.device) < asked[:, None]
+        text = mask & ~own if self.scope == "asked" else mask  # there the question stays text: it is read, not pointed at
         if self.picks:
-            wish = self.wish(x, text, mask, ids, embeds, asked)
-            picked = wish.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < M[:, None]
+            picked, wish = self.pick(x, mask, own, M, embeds, asked, self.rarity[ids.clamp(min=0)])
             attention = (picked[:, None] & (picked.cumsum(1)[:, None] == m[:, None] + 1)).to(x.dtype)  # (B, M, T)
             return attention @ self.value(x), attention, wish
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, T or M, z / heads)
