@@ -6,9 +6,9 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
     python ablate.py --cells base,query,pool                                 # some of the cells
 
 Every cell trains on the same questions with the same seed, then answers the same questions. A cell that took over a tenth more
-or less time than the base is run a second time for the base's wall clock, on the same questions and, where it gets to
-them, more, so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it
-is done. Writes OUT/table.md and OUT/<cell>/ (a run each).
+or less time than the base is run a second time for the base's wall clock, on what it gets to of four times as many questions,
+so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it
+is done; after a change of the code give another --out. Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
 import json
 import subprocess

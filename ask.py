@@ -226,8 +226,9 @@ def main():
     saved = read_checkpoint(args.ckpt)
     scope = saved.config.scope
     if not args.export and (scope == "prompt" or scope == "asked" and (args.save or args.load)):
-        raise UserError(f"--ckpt {args.ckpt} makes latents for one question (--scope {scope}); " +
-                        ("a saved document" if scope == "asked" else "a document that is asked many times") + " needs a wire trained with --scope context")
+        raise UserError(f"--ckpt {args.ckpt} makes latents for one question (--scope {scope}); a saved document needs a wire trained with --scope context"
+                        if scope == "asked" else f"--ckpt {args.ckpt} has the question in its latents (--scope prompt), which eval.py alone reads; "
+                        "give a wire trained with --scope asked or context")
     lm, tokenizer = load_lm(saved.config.lm, device=args.device)
     wire = load_wire(saved, lm).eval()
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)

@@ -304,6 +304,7 @@ class Prompt:
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
         self.head, self.anchor = self.tokenize("Context:"), self.tokenize("Answer:")
+        self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])  # what stands around every question
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 

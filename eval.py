@@ -79,7 +79,7 @@ import torch.nn.functional as F
 
 from data import Prompt, load_data, synthetic_chance
 from lm import generate, join, load_lm, lora_off, pick_device, shard
-from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rare, read_checkpoint, token_counts
+from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rarity, read_checkpoint
 from rivals import adapter_prefix, most_surprising, nearest_words, other_contexts
 
 
@@ -169,7 +169,8 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
     uses_latents = row in ("latent", "latent_shuffled", "adapter")
     given = other_contexts(items) if row == "latent_shuffled" else range(len(items))
     if row.startswith("matched"):
-        rarity = rare(token_counts([part for item in items for part in (item.context, item.question)], lm.config.vocab_size))
+        contexts = {item.example.context: item.context for item in items}  # each once, however many questions it has
+        rare = rarity([*contexts.values()], [item.question for item in items], prompt.around, lm.config.vocab_size)
     answers, ids, hits = [None] * len(items), [None] * len(items), []
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0
@@ -191,7 +192,7 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
         elif row.startswith("selective"):
             picked = most_surprising(lm, prompt, [items[i].context for i in chunk], m)
         elif row.startswith("matched"):
-            picked = nearest_words(lm, prompt, [items[i] for i in chunk], m, rarity)
+            picked = nearest_words(lm, prompt, [items[i] for i in chunk], m, rare)
         if device.type == "cuda":
             torch.cuda.synchronize()
         encode_s += time.perf_counter() - began

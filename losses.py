@@ -6,7 +6,7 @@ sizes combine by their number of questions alone.
     kce      the same over the first K tokens
     first    cross-entropy of the first token
     kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv 1503.02531)
-    find     cross-entropy of the answer's tokens in the text, where it holds them, under what an encoder picks tokens by
+    find     cross-entropy of the places of the answer's tokens, where the text holds them, under what an encoder picks tokens by
     entropy  -H(p), p = mean over the micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
@@ -28,7 +28,7 @@ def per_question_mean(values, owner, size):
 
 
 def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, wish=None):
-    """The weighted sum of the parts and a dict of each part whose weight is not 0, and find (plain floats are left to the caller).
+    """The weighted sum of the parts and a dict of each part whose weight is not 0, and find, as tensors.
 
     logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of the
     teacher for the tokens with batch.step < K, in the same order; needed when weights has kd. wish (B, T): the log-probabilities

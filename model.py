@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from common import UserError, log, write_atomic
 from data import PAD
-from lm import add_lora, answer_logits, embed, generate, lm_identity, lora_off
+from lm import add_lora, answer_logits, embed, lm_identity, lora_off
 from losses import wire_loss
 
 CHUNK, OVERLAP = 1024, 128  # tokens that the encoder's layers read at once, and how many of them twice
-NEAR = 7.0  # the nearness of the question's words, as a logit: the factor with which it alone tells the answer's tokens best
+NEAR = 7.0  # makes a logit of the nearness of the question's words: with it that alone, as a softmax, best tells the answer's tokens
 FORMAT = 4  # of the checkpoint folder, and of what its weights mean; another is refused
 
 
@@ -46,7 +46,7 @@ class WireConfig:
     d_z: int = field(default=512, metadata={"help": "width of a latent before the adapter"})
     depth: int = field(default=0, metadata={"help": "k, the LM layer whose hidden states the encoder reads; 0: a third of them, two thirds where it has read the question"})
     blocks: int = field(default=2, metadata={"help": "trainable bidirectional blocks of the encoder"})
-    sharp: float = field(default=40.0, metadata={"help": "how steeply the pointer's attention falls outside its window"})
+    sharp: float = field(default=40.0, metadata={"help": "scope context: how steeply the pointer's attention falls outside its window"})
     lora_rank: int = field(default=32, metadata={"help": "0: no LoRA"})
     lora_alpha: float = field(default=64.0, metadata={"help": "LoRA's output is scaled by alpha / rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "on LoRA's input"})
@@ -61,10 +61,15 @@ def token_counts(texts, vocabulary):
     return torch.bincount(torch.from_numpy(np.concatenate(texts)).long(), minlength=vocabulary).float()
 
 
-def rare(counts):
-    """How much a word of a question says about the place of its answer, from the counts (V,) of a corpus's tokens: the log of
-    how much rarer than 1 in 100 it is, and 0 for commoner ones."""
-    return torch.log(0.01 / (counts / counts.sum() + 1e-5)).clamp(min=0)
+def rarity(texts, questions, around, vocabulary):
+    """How much a word of a question says about the place of its answer: the log of how much rarer than 1 in 100 it is among the
+    tokens of all texts and questions, and 0 for commoner ones: (V,). "who" is rare in texts and yet says nothing, hence the
+    questions; what the prompt puts around each (`around`, token ids) gets 0 however few they are. texts, questions: lists
+    of (n,) token ids."""
+    counts = token_counts(texts + questions, vocabulary)
+    found = torch.log(0.01 / (counts / counts.sum() + 1e-5)).clamp(min=0)
+    found[torch.from_numpy(around).long()] = 0
+    return found
 
 
 def nearness(embeds, mask, asked, rarity):
@@ -132,20 +137,20 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """Hidden states h (B, T, d) of the text -> latents (B, M, z) and, for the pointer, where each one looks (B, M, T).
 
-    pointer  reads the text before it knows the question: latent m is a weighted mean over its window of the text, by several
-             heads, a softmax over t of
+    pointer  in scope context, where the question is not known: latent m is a weighted mean over its window of the text, by
+             several heads, a softmax over t of
              q_mh K_h(x_t) + g_h(x_t) + s(token t) - sharp max(0, |m + 1/2 + o_h - u_t| - 1/2)^2
              with u_t = M (t + 1/2) / T the place of token t: every latent has as many tokens. s starts as the token's surprise
              without context, -log(p + 0.001): content words count, "the" hardly does (smooth inverse frequency, Arora et al.,
              ICLR 2017). The offsets o_h spread the heads over the window, so that a latent knows the order of what it holds;
              they vanish where a token has a latent of its own.
-             One that has read the question (scope asked, prompt) picks: the M tokens with the highest a n_t + f(x_t) get a latent
-             each. n_t is the share of the question's words, the rare ones counting most, that stand near (`nearness`); f starts
+             In scopes asked and prompt it has read the question and picks: the M tokens with the highest NEAR n_t + f(x_t) get a
+             latent each. n_t is the share of the question's words, the rare ones counting most, that stand near (`nearness`); f starts
              at 0 and learns from the places of the answers alone (`find`, losses.py), smoothed over 5 tokens, since answers
-             have several: the LM's loss says nothing about tokens that it does not see. In scope prompt up to half of the latents
-             go to the question's own words first, but the commonest, the rarest of them: no answer's place would ask for them.
-             The mean of the heads' weights also averages the LM's own input embeddings (see `LatentWire.encode`), so that
-             the LM can read the latents before any training.
+             have several: the LM's loss says nothing about tokens that it does not see. In scope prompt the question's words of
+             a rarity above 0 come first, the rarest of them, and take up to half of the latents: `find` would never ask for them.
+             Either way what a latent looks at (in scope context the mean of the heads' weights) also averages the LM's own input
+             embeddings (`mean_embedding`), so that the LM can read the latents before any training.
     query    M learned queries cross-attend to the whole text, starting from nothing (the Q-Former's kind,
              arXiv 2301.12597).
     pool     the mean of M equal windows of the text (arXiv 2510.20797).
@@ -176,12 +181,10 @@ class Encoder(nn.Module):
             self.salience = nn.Parameter(torch.zeros(vocabulary))
 
     @torch.no_grad()
-    def count_tokens(self, texts, questions):
-        """Start the pointer's salience from the token frequencies of the texts, or, where it picks, set its rarity from those of
-        texts and questions: "who" and what a prompt puts around a question are rare in texts and yet say nothing. Each is a
-        list of (n,) token ids."""
+    def count_tokens(self, texts, questions, around):
+        """Start the pointer's salience from the token frequencies of the texts, or, where it picks, set its `rarity`."""
         if self.picks:
-            self.rarity.copy_(rare(token_counts(texts + questions, len(self.rarity))))
+            self.rarity.copy_(rarity(texts, questions, around, len(self.rarity)))
         else:
             counts = token_counts(texts, len(self.salience))
             self.salience.copy_(-torch.log(counts / counts.sum() + 1e-3))
@@ -206,7 +209,6 @@ class Encoder(nn.Module):
         B, T, _ = h.shape
         m = torch.arange(int(M.max()), device=h.device)
         t = (torch.arange(T, device=h.device) + 0.5) / mask.sum(1, keepdim=True)  # (B, T) relative place of a token
-        r = (m + 0.5) / M[:, None]                                                # (B, M) relative place of a latent
         x = self.project(self.norm(h)) + self.place(fourier(t))        # (B, T, z)
 
         def through_blocks(x, mask):
@@ -216,11 +218,12 @@ class Encoder(nn.Module):
             return x
         x = self.final(in_chunks(through_blocks, int(asked.max()), x, mask))
         own = torch.arange(T, device=h.device) < asked[:, None]
-        text = mask & ~own if self.scope == "asked" else mask  # there the question stays text: it is read, not pointed at
         if self.picks:
             picked, wish = self.pick(x, mask, own, M, embeds, asked, self.rarity[ids.clamp(min=0)])
             attention = (picked[:, None] & (picked.cumsum(1)[:, None] == m[:, None] + 1)).to(x.dtype)  # (B, M, T)
             return attention @ self.value(x), attention, wish
+        text = mask & ~own if self.scope == "asked" else mask  # there the question stays text: it is read, not pointed at
+        r = (m + 0.5) / M[:, None]                                                # (B, M) relative place of a latent
         split = lambda y: y.view(B, -1, self.heads, y.shape[-1] // self.heads).transpose(1, 2)  # (B, heads, T or M, z / heads)
         value = split(self.value(x))
         if self.kind == "query":
@@ -314,7 +317,7 @@ class LatentWire(nn.Module):
         check_config(config)
         d, layers = lm.config.hidden_size, lm.config.num_hidden_layers
         self.config, self.lm = config, lm
-        depth = config.depth or layers // 3 * (1 if config.scope == "context" else 2)
+        depth = config.depth or max(1, layers // 3) * (1 if config.scope == "context" else 2)
         if not 1 <= depth <= layers:
             raise UserError(f"--depth {config.depth}: this LM has {layers} layers")
         # The first k layers, sharing their weights with the LM: a shallow copy with a shorter list and no final norm.
@@ -354,7 +357,7 @@ class LatentWire(nn.Module):
             return in_chunks(layers, lead, embeds)
 
     def encode(self, context, M, asked=None):
-        """context (B, T) token ids, PAD right; M (B,); asked (B,) how many of the tokens at the front are the question, which
+        """context (B, T) token ids, PAD right; M (B,), each at most what `count` gives; asked (B,) how many of the tokens at the front are the question, which
         scopes asked and prompt need -> prefix (B, max M, d), attention (B, max M, T), None for the encoders query and text.
         Raises UserError without them."""
         return self.look(context, M, asked)[:2]
@@ -388,10 +391,6 @@ class LatentWire(nn.Module):
         return total, parts, (logits.detach(), prefix.detach(), attention if attention is None else attention.detach())
 
     forward = loss  # what DDP calls
-
-    def generate(self, tokenizer, rows, context, M, asked=None, **options):
-        """Answers of rows that hold LATENT places, from the latents of context (B, T). See `generate`."""
-        return generate(self.lm, tokenizer, rows, self.encode(context, M, asked)[0], **options)
 
 
 def budget(length, M, ratio=None):

@@ -159,8 +159,9 @@ def markdown(run, level=1):
                 f"- **Training**: batch {c['batch']}, peak learning rate {c['lr']:g}, loss weights " +
                 ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "find", "entropy") if c.get(key))]
     if run.steps:
-        seen = run.steps[-1].get("samples_seen")
-        out.append(f"- **Length**: {run.steps[-1]['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))
+        # An evaluation at the end may come after the last step that was logged.
+        end = max([*run.steps, *(r for r in run.history if r.get("kind") == "train")], key=lambda r: r["global_step"])
+        out.append(f"- **Length**: {end['global_step']:,} steps" + (f", {end['samples_seen']:,} questions seen" if end.get("samples_seen") else ""))
     if m:
         out.append(f"- **Evaluation**: {m['samples']} questions of {Path(m.get('dataset', 'SQuAD')).name}, prompts of {m['avg_prompt_tokens'][run.lm]:.0f} tokens on average")
     out += ["", h(1, "Key Results"), ""]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from common import UserError
 from data import PAD, pad
 from lm import embed, lora_off
-from model import nearness
+from model import nearness, places
 
 
 def other_contexts(items):
@@ -65,8 +65,8 @@ def most_surprising(lm, prompt, contexts, counts):
 @torch.no_grad()
 def nearest_words(lm, prompt, items, counts, rarity):
     """Of each item's context the counts[b] tokens that stand nearest to the question's words, in their order. rarity (V,): how
-    much a word counts (`model.rare`)."""
+    much a word counts (`model.rarity`)."""
     ids, asked = (t.to(lm.device) for t in prompt.sources(items, "asked"))
     near = nearness(embed(lm, ids), ids != PAD, asked, rarity.to(lm.device)[ids.clamp(min=0)]).cpu()
     scores = [row[len(item.question):][:len(item.context)] for row, item in zip(near, items)]
-    return [item.context[score.topk(min(m, len(score))).indices.sort().values.numpy()] for item, score, m in zip(items, scores, counts)]
+    return [item.context[(places(score[None])[0] < m).numpy()] for item, score, m in zip(items, scores, counts)]

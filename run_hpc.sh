@@ -58,7 +58,7 @@ demo)
   echo "== 2/3 answer 200 questions about people it has never met, through every row" >&2
   .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 200 --out "$out"
   kept=$(ls -d preserved_data/*/ckpt | tail -n 1)
-  echo "== 3/3 a preserved wire, trained on real questions for an hour, answers two about a text it has never seen (of SQuAD's it has one in three exactly)" >&2
+  echo "== 3/3 a preserved wire, trained on real questions for 42 minutes, answers two about a text it has never seen (of SQuAD's it has nearly half exactly)" >&2
   cat > "$out/sample.txt" <<END
 The Heron Bridge was designed by the engineer Clara Lindqvist and opened to traffic in May 1931. It spans the river Alva
 between the towns of Norrby and Sandvik and is 412 metres long. Its steel arches were made in a shipyard in Gothenburg and

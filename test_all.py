@@ -35,7 +35,7 @@ from eval import compare, evaluate_row, exact_match, f1_score, interval, length_
 from lm import LoRALinear, _converted, answer_logits, generate, lm_identity, load_lm, lora_off
 from losses import wire_loss
 from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, nearness, payload_bytes, quantise,
-                   read_checkpoint, read_last_good, save_checkpoint)
+                   rarity, read_checkpoint, read_last_good, save_checkpoint)
 from rivals import most_surprising, nearest_words, other_contexts, resample
 from train import Config, hold_out, load_items
 
@@ -496,7 +496,7 @@ def test_pointer_starts_readable_and_local(tiny):
 def test_pointer_prefers_rare_tokens(tiny):
     lm, _ = load_lm(tiny, device="cpu")
     wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=2, d_z=64, lora_rank=0))
-    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])], [np.array([9])])
+    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])], [np.array([9])], np.array([9]))
     assert wire.encoder.salience[[5, 7, 9]].tolist() == pytest.approx([-math.log(p + 1e-3) for p in (0.9, 0.09, 0.01)], abs=1e-5)
     _, attention = wire.encode(torch.tensor([[5, 7, 5, 5, 9, 7]]), torch.tensor([2]))
     weights = 1 / (torch.tensor([0.9, 0.09, 0.9]) + 1e-3)  # within a window as 1 / (p + 0.001)
@@ -583,6 +583,13 @@ def test_scope_asked_reads_the_question_and_looks_near_its_words(tiny):
     assert len(picked) == 33 and {words[60], words[61]} <= set(picked) and picked.tolist() == [w for w in words if w in picked]
     _, attention = wire.encode(batch.context, torch.tensor([33]), batch.asked)
     assert batch.context[0, attention[0].argmax(-1)].tolist() == picked.tolist()  # the wire starts as its rival
+
+
+def test_rarity_ignores_what_stands_around_every_question():
+    """However seldom it is beside long texts; a word that only questions have is as rare as it is among all tokens."""
+    found = rarity([np.arange(1000)], [np.array([7, 1001, 1001, 8])], np.array([7, 8]), 1100)
+    assert found[[7, 8]].tolist() == [0, 0] and found[5].item() == pytest.approx(math.log(0.01 / (1 / 1004 + 1e-5)))
+    assert found[1001].item() == pytest.approx(math.log(0.01 / (2 / 1004 + 1e-5)))
 
 
 def test_a_text_end_is_as_near_as_its_middle():
@@ -774,7 +781,7 @@ def test_temperature_and_entropy_do_what_they_say():
 
 def test_checkpoint_round_trip_and_refusals(tiny, tmp_path):
     picks, prompt, items = make_wire(tiny, scope="asked")
-    picks.encoder.count_tokens([item.context for item in items], [item.question for item in items])
+    picks.encoder.count_tokens([item.context for item in items], [item.question for item in items], prompt.around)
     save_checkpoint(tmp_path / "asked", picks)
     again = load_wire(read_checkpoint(tmp_path / "asked"), load_lm(tiny, device="cpu")[0])
     assert picks.encoder.rarity.unique().numel() > 5 and all(torch.equal(p, again.kept()[name]) for name, p in picks.kept().items())

@@ -345,7 +345,7 @@ def train(config, rank, world, device, dtype, why, stack):
     total = sum(len(plan(epoch)) for epoch in range(config.epochs))
 
     if config.encoder == "pointer":
-        wire.encoder.count_tokens([items[group[0]].context for group in groups], [item.question for item in items])
+        wire.encoder.count_tokens([items[group[0]].context for group in groups], [item.question for item in items], prompt.around)
 
     # resume
     state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
