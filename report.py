@@ -259,6 +259,7 @@ def index(folder):
     tree = "\n".join(f"├── {run.folder.name}/\n" + "".join(f"│   ├── {part}/  {', '.join(sorted(p.name for p in (run.folder / part).iterdir()))}\n"
                                                             for part in ("eval", "logs", "ckpt") if (run.folder / part).exists()) for run in runs)
     pages = "\n---\n\n".join(markdown(run, level=2) for run in runs)
+    data, samples = runs[-1].metrics.get("dataset", "dev-v1.1.json"), runs[-1].metrics["samples"]
     return f"""# Preserved Experimental Data
 
 Results of LatentWire runs, kept so that anyone can evaluate and inspect them. Written by `python report.py RUN --preserve {folder.name}`.
@@ -276,7 +277,7 @@ Results of LatentWire runs, kept so that anyone can evaluate and inspect them. W
 ## Usage
 
 ```
-python eval.py --mode latent --ckpt {folder.name}/{runs[-1].folder.name}/ckpt --data dev-v1.1.json --samples 1000
+python eval.py --mode latent --ckpt {folder.name}/{runs[-1].folder.name}/ckpt --data {Path(data).name} --samples {samples}
 ```
 
 `eval/predictions.jsonl` holds {KEEP_PREDICTIONS} questions with their contexts from SQuAD v1.1 (Rajpurkar et al., 2016, arXiv 1606.05250),
