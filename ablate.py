@@ -7,7 +7,7 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
 
 Every cell trains on the same questions with the same seed, then answers the same questions. A cell that took over a tenth more
 or less time than the base is run a second time for the base's wall clock, on what it gets to of four times as many questions,
-so that the table has both comparisons. Finished cells are skipped and an interrupted one goes on: start it again until it
+so that the table has both comparisons. "- base" is the difference in F1 to the base, question by question. Finished cells are skipped and an interrupted one goes on: start it again until it
 is done; after a change of the code give another --out. Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
 import json
@@ -51,6 +51,14 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
+if __name__ == "__main__":
+    args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
+
+import numpy as np
+
+from eval import f1_score, interval
+
+
 def minutes_of(folder):
     """How long a cell trained, or None where it has not finished."""
     path = folder / "ckpt" / "last" / "state.json"
@@ -85,9 +93,16 @@ def call(*command):
         raise UserError(f"`python {' '.join(map(str, command))}` ended with code {done.returncode}; mend that and start again")
 
 
+def f1_of(folder, row):
+    """F1 (n,) of a row's answers, 0 to 1."""
+    with open(folder / "eval" / "predictions.jsonl", encoding="utf-8") as f:
+        return np.array([f1_score(record[row], record["golds"]) for record in map(json.loads, f)])
+
+
 def table(folders):
     """Markdown table of the cells that are finished; folders: {(cell, budget): folder}."""
-    lines = ["| cell | budget | questions seen | minutes | M | F1 | EM | first-token top-1 | NLL/token |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| cell | budget | questions seen | minutes | M | F1 | - base | EM | first-token top-1 | NLL/token |", "|---|---|---|---|---|---|---|---|---|---|"]
+    base = folders.get(("base", "equal samples"))
     for (name, budget), folder in folders.items():
         metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
@@ -99,7 +114,11 @@ def table(folders):
             label = name if row == "latent" else f"{name}: {row}"
             M = row.partition("@")[2] or ("T" if metrics["is_text"] else metrics["latent_len"])
             f1, em = (f"{100 * s[key]:.1f} [{100 * s[key + '_ci95'][0]:.1f}, {100 * s[key + '_ci95'][1]:.1f}]" for key in ("f1", "em"))
-            lines.append(f"| {label} | {budget} | {state['seen']:,} | {state['elapsed'] / 60:.1f} | {M} | {f1} | {em} | "
+            gap = "-"
+            if base and label != "base":
+                gain = 100 * (f1_of(folder, row) - f1_of(base, "latent"))
+                gap = "{:+.1f} [{:.1f}, {:.1f}]".format(gain.mean(), *interval(gain))
+            lines.append(f"| {label} | {budget} | {state['seen']:,} | {state['elapsed'] / 60:.1f} | {M} | {f1} | {gap} | {em} | "
                          f"{100 * s['first_token_top1']:.1f} | {s['nll_token']:.2f} |")
     return "\n".join(lines)
 
@@ -127,5 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    args = parse_args()
     run_main(main)

@@ -669,13 +669,15 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
             scores = dict(f1=0.5, em=0.4, f1_ci95=[0.4, 0.6], em_ci95=[0.3, 0.5], first_token_top1=0.5, nll_token=1.0)
             write_atomic(folder / "eval/metrics.json", json.dumps({"lm": "x", "samples": flags[flags.index("--samples") + 1], "is_text": False, "latent_len": 32, **{
                 row: {"x": scores} for row in flags[flags.index("--mode") + 1].split(",")}}))
+            said = ["a b", "c", "c d" if "pool" in folder.name else "x"]
+            write_atomic(folder / "eval/predictions.jsonl", "".join(json.dumps({"latent": a, "matched_lora": "", "golds": ["a b", "c d"]}) + "\n" for a in said))
     monkeypatch.setattr(ablate, "call", call)
     begin = lambda *flags: (monkeypatch.setattr(ablate, "args", ablate.parse_args(["--cells", "base,query,pool", "--out", str(tmp_path), *flags]), raising=False), ablate.main())
     begin()
     trained = [(Path(c[c.index("--out") + 1]).name, c[c.index("--minutes") + 1]) for c in calls if c[0] == "train.py"]
     assert trained == [("base", "0.0"), ("query", "0.0"), ("pool", "0.0"), ("pool_equal_time", "5.0")]
     rows = (tmp_path / "table.md").read_text().splitlines()
-    assert rows[-1].startswith("| pool | equal time | 10 | 5.0 | 32 | 50.0 [40.0, 60.0] |") and len(rows) == 2 + 2 + 3
+    assert rows[-1].startswith("| pool | equal time | 10 | 5.0 | 32 | 50.0 [40.0, 60.0] | +33.3 [0.0, 100.0] |") and len(rows) == 2 + 2 + 3
     calls.clear()
     begin()
     assert not calls
