@@ -7,8 +7,9 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
 
 Every cell trains on the same questions with the same seed, then answers the same questions. A cell that took over a tenth more
 or less time than the base is run a second time for the base's wall clock, on what it gets to of four times as many questions,
-so that the table has both comparisons. "- base" is the difference in F1 to the base, question by question. Finished cells are skipped and an interrupted one goes on: start it again until it
-is done; after a change of the code give another --out. Writes OUT/table.md and OUT/<cell>/ (a run each).
+so that the table has both comparisons. "- base" is the difference in F1 to the base, question by question. Finished cells
+are skipped and an interrupted one goes on: start it again until it is done; after a change of the code give another --out.
+Writes OUT/table.md and OUT/<cell>/ (a run each).
 """
 import json
 import subprocess
@@ -102,7 +103,7 @@ def f1_of(folder, row):
 def table(folders):
     """Markdown table of the cells that are finished; folders: {(cell, budget): folder}."""
     lines = ["| cell | budget | questions seen | minutes | M | F1 | - base | EM | first-token top-1 | NLL/token |", "|---|---|---|---|---|---|---|---|---|---|"]
-    base = folders.get(("base", "equal samples"))
+    base = f1_of(folders["base", "equal samples"], "latent") if ("base", "equal samples") in folders else None
     for (name, budget), folder in folders.items():
         metrics = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
         state = json.loads((folder / "ckpt" / "last" / "state.json").read_text(encoding="utf-8"))
@@ -115,8 +116,8 @@ def table(folders):
             M = row.partition("@")[2] or ("T" if metrics["is_text"] else metrics["latent_len"])
             f1, em = (f"{100 * s[key]:.1f} [{100 * s[key + '_ci95'][0]:.1f}, {100 * s[key + '_ci95'][1]:.1f}]" for key in ("f1", "em"))
             gap = "-"
-            if base and label != "base":
-                gain = 100 * (f1_of(folder, row) - f1_of(base, "latent"))
+            if base is not None and label != "base":
+                gain = 100 * (f1_of(folder, row) - base)
                 gap = "{:+.1f} [{:.1f}, {:.1f}]".format(gain.mean(), *interval(gain))
             lines.append(f"| {label} | {budget} | {state['seen']:,} | {state['elapsed'] / 60:.1f} | {M} | {f1} | {gap} | {em} | "
                          f"{100 * s['first_token_top1']:.1f} | {s['nll_token']:.2f} |")

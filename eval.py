@@ -77,7 +77,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Prompt, load_data, synthetic_chance
+from data import Prompt, group_by_context, load_data, synthetic_chance
 from lm import generate, join, load_lm, lora_off, pick_device, shard
 from model import GROUP, SCALE_BITS, WIRES, budget, budgets, dequantise, load_wire, payload_bytes, quantise, rarity, read_checkpoint
 from rivals import adapter_prefix, most_surprising, nearest_words, other_contexts
@@ -169,8 +169,8 @@ def evaluate_row(row, lm, tokenizer, prompt, items, wire=None, M=None, ratio=Non
     uses_latents = row in ("latent", "latent_shuffled", "adapter")
     given = other_contexts(items) if row == "latent_shuffled" else range(len(items))
     if row.startswith("matched"):
-        contexts = {item.example.context: item.context for item in items}  # each once, however many questions it has
-        rare = rarity([*contexts.values()], [item.question for item in items], prompt.around, lm.config.vocab_size)
+        contexts = [items[group[0]].context for group in group_by_context(items)]  # each once, however many questions it has
+        rare = rarity(contexts, [item.question for item in items], prompt.around, lm.config.vocab_size)
     answers, ids, hits = [None] * len(items), [None] * len(items), []
     nll = tokens = read = source_tokens = latents = 0
     encode_s = prefill_s = decode_s = 0.0

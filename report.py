@@ -62,6 +62,8 @@ class Run:
             record["model"], = record["models"].values()
         self.lm = next(iter(self.metrics.get("avg_prompt_tokens", {}) or self.steps[-1]["models"]))
         self.rows = self._rows()
+        # Where training ended: its evaluation there may come after the last step that was logged.
+        self.end = max([*self.steps, *(r for r in self.history if r.get("kind") == "train")], key=lambda r: r["global_step"], default={})
 
     def _rows(self):
         """{row: (scores, wall clock in s)} in the order of NAMES, then latents at other budgets."""
@@ -115,7 +117,7 @@ def collapse(run):
 def advice(run):
     """What this run's own figures say about the next one."""
     lines, latent = [], run.rows.get("latent", (None,))[0]
-    seen = run.steps[-1].get("samples_seen") if run.steps else None
+    seen = run.end.get("samples_seen")
     found = collapse(run)
     if found and found[0] > 0.5 and found[3] >= 20:
         lines.append(f"{percent(found[0])} of the answers start with {found[1]!r}: the latents have collapsed. Start readable (`--encoder pointer`), "
@@ -159,9 +161,8 @@ def markdown(run, level=1):
                 f"- **Training**: batch {c['batch']}, peak learning rate {c['lr']:g}, loss weights " +
                 ", ".join(f"{key} {c[key]:g}" for key in ("tf", "kce", "first", "kd", "find", "entropy") if c.get(key))]
     if run.steps:
-        # An evaluation at the end may come after the last step that was logged.
-        end = max([*run.steps, *(r for r in run.history if r.get("kind") == "train")], key=lambda r: r["global_step"])
-        out.append(f"- **Length**: {end['global_step']:,} steps" + (f", {end['samples_seen']:,} questions seen" if end.get("samples_seen") else ""))
+        seen = run.end.get("samples_seen")
+        out.append(f"- **Length**: {run.end['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))
     if m:
         out.append(f"- **Evaluation**: {m['samples']} questions of {Path(m.get('dataset', 'SQuAD')).name}, prompts of {m['avg_prompt_tokens'][run.lm]:.0f} tokens on average")
     out += ["", h(1, "Key Results"), ""]
