@@ -1,24 +1,24 @@
 """
-Ask a document: its text is encoded into latents once, then every question is answered from them. (A wire of --scope asked
-reads the question before it looks: it encodes the text again for every question.)
+Ask a document of any length: its text is encoded into latents once, then every question is answered from them.
 
-    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt                            # questions from the terminal
-    python ask.py --ckpt runs/demo/ckpt/best --context FILE.txt --question "Who wrote it?"
-    python ask.py --ckpt ... --context FILE.txt --question "..." --inspect                 # where latents look, what they hold
-    python ask.py --ckpt ... --context FILE.txt --save doc.safetensors                     # the document as latents
-    python ask.py --ckpt ... --load doc.safetensors --question "..."                       # needs nothing of the text
-    python ask.py --ckpt ... --export DIR                                                  # the LoRA, in PEFT's layout
+    python ask.py --ckpt CKPT --context FILE.txt                                 # questions from the terminal
+    python ask.py --ckpt CKPT --context FILE.txt --question "Who wrote it?"      # CKPT: such as runs/demo/ckpt/best
+    python ask.py --ckpt CKPT --context FILE.txt --question "..." --inspect      # where latents look, what they hold
+    python ask.py --ckpt CKPT --context FILE.txt --save doc.safetensors          # the document as latents
+    python ask.py --ckpt CKPT --load doc.safetensors --question "..."            # needs nothing of the text
+    python ask.py --ckpt CKPT --load a.safetensors b.safetensors                 # says whose memory it looked at
+    python ask.py --ckpt CKPT --context FILE.txt --export DIR                    # for transformers, PEFT and vLLM
 
 Answers go to stdout, everything else to stderr.
 """
-import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from common import Parser, UserError, log, run_main, write_atomic
+from common import Parser, UserError, log, run_main
 
 
 def parse_args(argv=None):
@@ -26,250 +26,244 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", required=True, help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     given = p.add_argument_group("the document, one of")
     given.add_argument("--context", help="text file (UTF-8)")
-    given.add_argument("--load", metavar="FILE", help="latents that --save wrote, with this checkpoint")
+    given.add_argument("--load", metavar="FILE", nargs="+", help="latents that --save wrote, with this checkpoint; of "
+                       "several an answer names the one that it looked at most")
     asked = p.add_argument_group("the question")
-    asked.add_argument("--question", help="asked once (default: read questions, one a line, from the terminal or stdin)")
-    asked.add_argument("--inspect", action="store_true", help="show what each latent looks at and holds, and what the answer rests on")
+    asked.add_argument("--question", help="asked once (default: questions, one a line, from the terminal or stdin)")
+    asked.add_argument("--inspect", action="store_true", help="show what latents look at and what the answer rests on")
     asked.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     size = p.add_argument_group("the latents")
-    size.add_argument("--latents", type=int, help="M (default: the checkpoint's)")
-    size.add_argument("--ratio", type=float, help="tokens per latent, in place of --latents")
-    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors; without --question nothing is asked")
-    size.add_argument("--wire", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="how --save stores them (default int8)")
+    size.add_argument("--latents", type=int, help="M (default: the checkpoint's); in scope asked what a question sees")
+    size.add_argument("--ratio", type=float, help="tokens per latent; in scope asked how densely a text is stored")
+    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors")
+    size.add_argument("--format", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="default int8")
     other = p.add_argument_group("other")
-    other.add_argument("--export", metavar="DIR", help="write the trained LoRA in PEFT's layout and stop")
+    other.add_argument("--export", metavar="DIR", help="write the reader's LoRA, and the document if any, for other "
+                       "programs; with --export or --save nothing is asked but --question")
     other.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
+    arguments = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from data import Example, Prompt, pack, whole
-from lm import answer_logits, embed, generate, lm_identity, load_lm
-from model import dequantise, load_wire, mean_embedding, payload_bytes, quantise, read_checkpoint
-
-
-def printable(text):
-    """Without control characters: neither a document nor an answer may drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
+from data import LATENT, Example, Prompt, whole
+from export import export
+from lm import generate, head, lm_identity, load_lm, use_lora
+from model import budgets
+from store import (Document, chunks, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
+                   read_checkpoint, save_document, seen)
 
 
 # ------------------------------------------------------------------------------------------------
-# Latents as a file
+# Answers
 
-def save_latents(path, prefix, kind, saved, identity):
-    """Write a document's prefix (M, d): safetensors with `values` (and `scales`), and whose latents these are. As fp32 or
-    fp16, `values` is the plain (M, d) tensor that inference servers take as prompt embeddings."""
-    values, scales = quantise(prefix.cpu(), kind)
-    tensors = {"values": values.contiguous(), **({} if scales is None else {"scales": scales.contiguous()})}
-    about = {"format": "latentwire 1", "kind": kind, "ckpt_sha256": saved.checksum, "lm": json.dumps(identity)}
-    part = Path(f"{path}.part")
+def answer(wire, latents, item, max_new_tokens, said=None):
+    """What the reader makes of Latents (B = 1), or of token ids in their place, and an item's question: a Generated.
+    said: token ids of an answer whose logits are wanted."""
+    before, row, given = wire.layout.before, wire.layout.after(item), latents
+    if isinstance(latents, np.ndarray):
+        row, given = np.concatenate([before, latents, row]), None
+    elif latents.keys is None:
+        row = np.concatenate([before, np.full(latents.prefix.shape[1], LATENT), row])
+    with use_lora(wire.lm, "reader"):
+        return generate(wire.lm, wire.prompt.tokenizer, [row], given, max_new_tokens, golds=said and [said])
+
+
+def log_probability(wire, latents, item, said, without=None):
+    """Log-probability of the answer `said` (token ids); `without` the latent of that number."""
+    if without is not None:
+        H, held = len(wire.layout.before), latents.held
+        stay = torch.arange(held.shape[1], device=held.device) != H + without
+        latents = latents.chosen(held & stay) if latents.keys else replace(latents, prefix=latents.prefix[:, stay[H:]])
+    scored = answer(wire, latents, item, 1, said)
+    return -F.cross_entropy(scored.logits, scored.labels, reduction="sum").item()
+
+
+@contextmanager
+def watched(lm):
+    """Inside, the LM shows where it looks: yields a list that gets of each pass the attention (B, S, N), its mean over
+    the heads and the upper half of the layers, and the last hidden states (B, S, d)."""
+    found, before = [], lm.config._attn_implementation
+
+    def added(mask):  # eager attention adds its mask
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
+
+    def ask(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        mask = {kind: added(part) for kind, part in mask.items()} if isinstance(mask, dict) else added(mask)
+        return args, kwargs | {"attention_mask": mask, "output_attentions": True}
+
+    def keep(module, args, out):
+        upper = out.attentions[len(out.attentions) // 2:]
+        found.append((sum(layer.float().mean(1) for layer in upper) / len(upper), out.last_hidden_state))
+
+    hooks = lm.model.register_forward_pre_hook(ask, with_kwargs=True), lm.model.register_forward_hook(keep)
+    lm.set_attn_implementation("eager")  # the one that returns its weights
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=about)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--save {path}: cannot be written ({error})") from None
-
-
-def load_latents(path, saved=None, identity=None):
-    """Prefix (M, d) float32 of a file that `save_latents` wrote. With saved (a Checkpoint) and identity (of the LM), raises
-    UserError for a file that belongs to others, and always for one that is no such file."""
-    try:
-        with safe_open(path, "pt") as f:
-            about = f.metadata() or {}
-            if about.get("format") != "latentwire 1":
-                raise UserError(f"--load {path} is not a file of latents; write one with --save")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--load {path}: cannot be read ({printable(str(error))})") from None
-    theirs = json.loads(about["lm"])
-    if identity and any(theirs[key] != identity[key] for key in identity if key != "name"):
-        raise UserError(f"--load {path} holds latents for {printable(theirs['name'])}, not for {identity['name']}")
-    if saved and about["ckpt_sha256"] != saved.checksum:
-        raise UserError(f"--load {path} was written with another checkpoint than {saved.folder}; give the --ckpt it was saved with")
-    return dequantise(tensors["values"], tensors.get("scales"))
-
-
-def export_lora(folder, wire):
-    """Write the LoRA as PEFT stores one: adapter_config.json and adapter_model.safetensors."""
-    config, folder = wire.config, Path(folder)
-    tensors = {f"base_model.model.{name[3:-2]}.lora_{name[-1]}.weight": p.detach().cpu().contiguous()
-               for name, p in wire.trainable().items() if name.startswith("lm.")}
-    if not tensors:
-        raise UserError("--export: this wire was trained without LoRA")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_atomic(folder / "adapter_config.json", json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": config.lm, "r": config.lora_rank, "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout, "target_modules": [f"{name}_proj" for name in config.lora_targets.split(",")], "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True}, indent=2) + "\n")
+        yield found
+    finally:
+        lm.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
 
 
 # ------------------------------------------------------------------------------------------------
 # Inspection
 
-SHADES = ((0, ""), (17, "·"), (18, "+"), (19, "*"), (21, "#"))  # background colour, plain mark; from hardly to most attended
+def look(wire, text, count):
+    """([(begin, end, [(token number, share), ...], hidden (d,)), ...], sums (T,)) of a text's `count` latents: each
+    one's window, the tokens it attends to most, their shares of what goes to the text, its last hidden state; and the
+    shares' sums."""
+    H, found, total = len(wire.layout.before), [], torch.zeros(len(text))
+    for begin, end, starts, source in chunks(wire, text, count):
+        with watched(wire.lm) as passes:
+            wire.encode(source)
+        (attention, hidden), at = passes[0], source.taken[0, H:]
+        attention = attention[0, at, H:H + end - begin].cpu()
+        attention = attention / attention.sum(1, keepdim=True)
+        total[begin:end] += attention.sum(0)
+        weight, where = attention.topk(min(4, end - begin))
+        most = [list(zip(*pair)) for pair in zip((where + begin).tolist(), weight.tolist())]
+        found += zip(starts, [*starts[1:], end], most, hidden[0, at])
+    return found, total
 
 
-def shaded(words, weight, colour):
-    """The document's tokens, each shaded by its share of the most attended token's attention."""
-    top, out = max(weight), []
-    for word, w in zip(words, weight):
-        background, mark = SHADES[min(4, int(5 * w / top))]
-        out.append(f"\x1b[48;5;{background}m\x1b[97m{word}\x1b[0m" if colour and mark else word + ("" if colour else mark))
-    return "".join(out)
-
-
-@torch.no_grad()
-def encode(wire, prompt, items, counts):
-    """Prefix (B, max M, d) and attention (B, max M, T) of the items' contexts, counts[b] latents each."""
-    scope, device = wire.config.scope, wire.lm.device
-    context, asked = (t.to(device) for t in prompt.sources(items, scope))
-    prefix, attention = wire.encode(context, torch.tensor(counts, device=device), asked)
-    return prefix, attention if attention is None or scope == "context" else attention[:, :, int(asked[0]):]  # of one question
-
-
-@torch.no_grad()
-def inspect(wire, tokenizer, prompt, item, M, max_new_tokens):
-    """Print where the latents of an item's context look, what they hold, and what the answer to its question rests on."""
+def inspect(wire, document, latents, picked, item, max_new_tokens):
+    """Print where a document's latents look, what they hold, and what the answer to an item's question rests on.
+    picked: the numbers of those latents that the question sees."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    device, document, T = wire.lm.device, item.context, len(item.context)
-    words = [printable(tokenizer.decode([token])) for token in document]
-    prefix, attention = encode(wire, prompt, [item], [M])
-    if wire.config.encoder != "pointer":
-        raise UserError(f"--inspect needs a wire that says where it looks, --encoder pointer; this one has --encoder {wire.config.encoder}")
-    prefix, attention = prefix[0], attention[0]
-    print(f"{T} tokens in {M} latents. " + ("Shaded" if colour else "Marked · + * #") + " by how much attention a token gets from all latents:\n")
-    print(shaded(words, attention.sum(0).tolist(), colour).strip() + "\n")
+    tokenizer, ids, M = wire.prompt.tokenizer, document.ids, len(picked)
+    words = [printable(tokenizer.decode([token])) for token in ids]
+    text = lambda begin, end: "".join(words[begin:end]).strip()
+    found, total = look(wire, ids, document.latents.held.shape[1] - document.before)
+    print(f"{len(ids)} tokens in {len(found)} latents, {M} of which the question sees. "
+          f"{'Shaded' if colour else 'Marked · + * #'} by how much attention a token gets from all of them:\n")
+    shade = lambda word, n: f"\x1b[48;5;{16 + n}m\x1b[97m{word}\x1b[0m" if colour and n else word + "·+*#"[n - 1:n]
+    print("".join(map(shade, words, (total / total.max() * 4.999).int().tolist())).strip() + "\n")
+    print(f"{'latent':>6}  {'stands for':<40}  {'looks at':<50}  the LM reads it as")
+    for m in picked.tolist():
+        begin, end, most, hidden = found[m]
+        looks = " ".join(f"{words[t].strip()} {share:.0%}" for t, share in most)
+        holds = [printable(tokenizer.decode([t])).strip() for t in head(wire.lm, hidden).topk(4).indices.tolist()]
+        print(f"{m + 1:>6}  {text(begin, end)[:40]:<40}  {looks[:50]:<50}  {' '.join(holds)}")
 
-    table = F.normalize(wire.lm.get_input_embeddings().weight.float(), dim=-1)  # (V, d)
-    near = (F.normalize(prefix.float(), dim=-1) @ table.T).topk(4)
-    plain = mean_embedding(attention, embed(wire.lm, torch.as_tensor(document, device=device).long()).float())  # what the latent would be without its residual
-    residual = (prefix - plain).norm(dim=-1)
-    share = residual / (residual + plain.norm(dim=-1))
-    print(f"{'latent':>6}  {'looks at':<58}  {'nearest in the vocabulary (cosine)':<58}  residual")
-    for m in range(M):
-        weight, where = attention[m].topk(min(5, T))
-        looks = " ".join(f"{words[t].strip()} {w:.0%}" for w, t in zip(weight.tolist(), where.tolist()) if w > 0.04)
-        holds = " ".join(f"{printable(tokenizer.decode([t])).strip()} {c:.2f}" for c, t in zip(near.values[m].tolist(), near.indices[m].tolist()))
-        print(f"{m + 1:>6}  {looks[:58]:<58}  {holds[:58]:<58}  {share[m]:.0%}")
-
-    asked = prompt.asked(item, "context")
-    row = np.concatenate([prompt.prefix(item, "context", M), asked])
-    answer = generate(wire.lm, tokenizer, [row], prefix[None], max_new_tokens)
-    said = np.array(answer.ids[0] or [prompt.end])
-    # The same answer's probability when the tokens of one latent's window are taken out of the document; -1: not picked.
-    owner = torch.where(attention.amax(0) > 0, attention.argmax(0), -1).cpu().numpy()
-    windows = [np.flatnonzero(owner == m) for m in range(M)]
-    windows = [window for window in windows if 0 < len(window) < T]
-    texts = [document] + [np.delete(document, window) for window in windows]
-    counts = [wire.count(len(text), M) for text in texts]
-    prefixes, _ = encode(wire, prompt, [replace(item, context=text) for text in texts], counts)
-    batch = pack([(prompt.prefix(item, "context", m), [(asked, said)]) for m in counts], texts, counts).to(device)
-    logp = -F.cross_entropy(answer_logits(wire.lm, batch, prefixes).float(), batch.label, reduction="none")
-    logp = torch.zeros(len(texts), device=device).index_add(0, batch.owner, logp).tolist()
-    first = np.concatenate([prompt.pre, prompt.head, document[:M], asked])
-    cut = generate(wire.lm, tokenizer, [first], None, max_new_tokens).answers[0]
-    print(f"\nquestion  {printable(item.example.question)}\nanswer    {printable(answer.answers[0])}   (log-probability {logp[0]:.2f})")
-    print(f"          {printable(cut)}   from the first {M} tokens of the text instead of {M} latents")
-    print("\nwithout these words the answer's log-probability falls by")
-    for drop, window in sorted(((logp[0] - p, window) for p, window in zip(logp[1:], windows)), key=lambda pair: -pair[0])[:5]:
-        print(f"{drop:>8.2f}  {''.join(words[t] for t in window).strip()}")
+    told, cut = (answer(wire, given, item, max_new_tokens) for given in (latents, ids[:M]))
+    said = told.ids[0] or [wire.prompt.end]
+    logp = log_probability(wire, latents, item, said)
+    drops = [(logp - log_probability(wire, latents, item, said, n), m) for n, m in enumerate(picked.tolist())]
+    print(f"\nquestion  {printable(item.example.question)}")
+    print(f"answer    {printable(told.answers[0])}   (log-probability {logp:.2f})")
+    print(f"          {printable(cut.answers[0])}   from the first {M} tokens of the text instead of {M} latents")
+    print("\nwithout the latent of these words the answer's log-probability falls by")
+    for drop, m in sorted(drops, reverse=True)[:5]:
+        print(f"{drop:>8.2f}  {text(*found[m][:2])}")
 
 
 # ------------------------------------------------------------------------------------------------
 
-def read_text(path):
+def check(args, config):
+    """Raise UserError where the command line contradicts itself or the wire's config."""
+    document = args.context or args.load
+    for name in ("latents", "ratio", "max_new_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    if args.context and args.load or not document and not args.export:
+        raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
+    if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
+        raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
+    if document and config.wire == "tokens":
+        raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
+    if document and config.scope == "prompt":
+        raise UserError(f"--ckpt {args.ckpt} has the question in its latents (--scope prompt); eval.py alone reads it")
+    if args.load and (args.ratio or args.latents and config.scope == "context"):
+        raise UserError("--latents and --ratio are settled in a saved document; give them with --context and --save")
+    if document and args.export and config.scope == "asked":
+        raise UserError("--export: in scope asked each question sees latents of its own, which no fixed cache holds; "
+                        "give no document, or a wire of --scope context")
+
+
+def read_document(args, wire, saved):
+    """The Document of --context, encoded and, with --save, written; says what became of the text."""
     try:
-        text = Path(path).read_text(encoding="utf-8").strip()
+        text = Path(args.context).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--context {path}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"--context {args.context}: cannot be read as UTF-8 text ({error})") from None
     if not text:
-        raise UserError(f"--context {path} is empty")
-    return text
+        raise UserError(f"--context {args.context} is empty")
+    config, before, began = wire.config, len(wire.layout.before), time.perf_counter()
+    ids = wire.prompt.items([Example("", text, "", ("",))])[0].context
+    T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
+    dense = bool(config.ratio) or config.scope == "asked"  # stored by ratio, not by number
+    trained = {wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}
+    if count not in trained or dense and args.latents not in (None, *budgets(config)):
+        log(f"notice: this wire was trained for --latents {config.latents}" + f" --ratio {config.ratio or 1:g}" * dense)
+    document = Document(encode(wire, ids, count), before, Path(args.context).stem, ids)
+    places = int(document.latents.held.sum()) - before * (config.wire == "embeds")  # waits for a GPU, too
+    size = payload_bytes(places * place_values(wire.lm, config.wire), args.format)
+    log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
+        f"{size:,} bytes of latents in {args.format}, {time.perf_counter() - began:.2f} s")
+    if args.save:
+        save_document(args.save, document, args.format, saved, lm_identity(wire.lm), text)
+        log(f"saved to {args.save}, {Path(args.save).stat().st_size:,} bytes")
+    return document
 
 
-def questions():
-    """The one of --question, or lines from the terminal or a pipe."""
-    if args.question is not None:
-        yield whole(args.question)
-        return
-    sys.stdin.reconfigure(errors="replace")
-    while True:
-        if sys.stdin.isatty():
-            print("? ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield whole(line)
+def typed():
+    """The next line from the terminal or a pipe; empty at its end."""
+    if sys.stdin.isatty():
+        print("? ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def reply(args, wire, documents, together, question):
+    """Print the answer to a question, or with --inspect what it rests on. Raises UserError for one that is too long."""
+    began, most = time.perf_counter(), wire.config.max_prompt_tokens // 2
+    item = wire.prompt.items([Example("", "", whole(question), ("",))])[0]
+    if len(item.question) > most:
+        raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
+    latents, numbers = seen(wire, documents, together, item, args.latents)
+    if args.inspect:
+        return inspect(wire, documents[0], latents, numbers[0], item, args.max_new_tokens)
+    told = printable(answer(wire, latents, item, args.max_new_tokens).answers[0])
+    if len(documents) > 1:
+        counts = [*map(len, numbers)]
+        with watched(wire.lm) as passes:  # the place that predicts the answer's first token tells
+            answer(wire, latents, item, 1)
+        looks = passes[0][0][0, -1, documents[0].before:][:sum(counts)].split(counts)
+        told += f"   [{printable(documents[np.argmax([part.sum().item() for part in looks])].title)}]"
+    print(told, flush=True)
+    log(f"  ({time.perf_counter() - began:.2f} s)")
 
 
 @torch.no_grad()
-def main():
-    for option in ("latents", "ratio", "max_new_tokens"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f"--{option} {value} must be at least 1")
-    if not args.export and bool(args.context) == bool(args.load):
-        raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
-    if args.inspect and (args.load or args.question is None):
-        raise UserError("--inspect needs the text (--context) and a --question")
-    text = read_text(args.context) if args.context else None
+def main(args):
     saved = read_checkpoint(args.ckpt)
-    scope = saved.config.scope
-    if not args.export and (scope == "prompt" or scope == "asked" and (args.save or args.load)):
-        raise UserError(f"--ckpt {args.ckpt} makes latents for one question (--scope {scope}); a saved document needs a wire trained with --scope context"
-                        if scope == "asked" else f"--ckpt {args.ckpt} has the question in its latents (--scope prompt), which eval.py alone reads; "
-                        "give a wire trained with --scope asked or context")
-    lm, tokenizer = load_lm(saved.config.lm, device=args.device)
-    wire = load_wire(saved, lm).eval()
-    prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
+    check(args, saved.config)
+    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
+    wire = load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, sys.maxsize)).eval()  # texts are not cut here
+    documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
+    documents += [read_document(args, wire, saved)] if args.context else []
+    together = join(wire, [document.latents for document in documents]) if documents else None
     if args.export:
-        export_lora(args.export, wire)
-        return log(f"LoRA of {args.ckpt} written to {args.export}")
-    if args.load:
-        prefix = load_latents(args.load, saved, lm_identity(lm)).to(lm.device)[None]
-        log(f"{args.load}: {prefix.shape[1]} latents, {Path(args.load).stat().st_size:,} bytes")
-    else:
-        began = time.perf_counter()
-        question = whole(args.question or "") if scope == "asked" else ""  # it takes some of the prompt's room
-        document = prompt.items([Example("", text, question, ("",))])[0]
-        M = wire.count(len(document.context), args.latents, args.ratio)
-        prompt.report_cuts(args.context)
-        if args.inspect:
-            return inspect(wire, tokenizer, prompt, replace(document, example=Example("", "", whole(args.question), ("",))), M, args.max_new_tokens)
-        prefix = encode(wire, prompt, [document], [M])[0] if scope == "context" else None
-        log(f"{len(document.context)} tokens -> {M} latents ({len(document.context) / M:.1f}x), {len(text.encode('utf-8')):,} bytes of text, "
-            f"{payload_bytes(M * lm.config.hidden_size, args.wire):,} bytes of latents in {args.wire}" +
-            (f", encoded in {time.perf_counter() - began:.2f} s" if prefix is not None else ", encoded for each question"))
-    if args.save:
-        save_latents(args.save, prefix[0], args.wire, saved, lm_identity(lm))
-        log(f"saved to {args.save}")
-        if args.question is None:
-            return
-    for question in questions():
-        began = time.perf_counter()
-        if len(prompt.tokenize(question)) > saved.config.max_prompt_tokens // 2:
-            too_long = f"a question of {len(question):,} characters is too long; {saved.config.max_prompt_tokens // 2} tokens are the most"
-            if args.question is not None:
-                raise UserError(too_long)
-            log(f"error: {too_long}")
-            continue
-        asked = prompt.items([Example("", "", question, ("",))])[0]
-        latents = prefix if prefix is not None else encode(wire, prompt, [replace(asked, context=document.context)], [M])[0]
-        row = np.concatenate([prompt.prefix(asked, "context", latents.shape[1]), prompt.asked(asked, "context")])
-        answer = generate(lm, tokenizer, [row], latents, args.max_new_tokens).answers[0]
-        print(printable(answer), flush=True)
-        log(f"  ({time.perf_counter() - began:.2f} s)")
+        export(args.export, wire, together)
+        log(f"written to {args.export}; its README.md says how other programs read it")
+    if together and args.question is not None:
+        return reply(args, wire, documents, together, args.question)
+    if not args.save and not args.export:
+        sys.stdin.reconfigure(errors="replace")
+        for line in filter(str.strip, iter(typed, "")):
+            try:
+                reply(args, wire, documents, together, line)
+            except UserError as error:
+                log(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: main(arguments))

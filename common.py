@@ -46,8 +46,8 @@ def log(message):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError, or a file that the system refuses, becomes one line and exit code 2, Ctrl-C exit
-    code 130."""
+    """Run a script's main(): a UserError, or a file that the system refuses, becomes one line and exit code 2, Ctrl-C
+    exit code 130."""
     try:
         sys.exit(main())
     except (UserError, OSError) as error:

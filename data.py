@@ -11,7 +11,8 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
         | "Context:"| " ..."   | "\\nQuestion: ...\\n"|      | "Answer:"
 
 `pre` and `post` are what a chat template puts around the user's text (plain prompts: the tokenizer's BOS, nothing).
-Shapes are written with B rows, T context tokens, M latents, S tokens of a row, A answer tokens.
+Shapes are written with B rows, T context tokens, M latents, N cached places (the text before the latents, then they),
+S tokens of a row, A answer tokens, C rows and W columns of an encoder pass.
 """
 import contextlib
 import gzip
@@ -24,6 +25,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +284,14 @@ class Item:
     answer: np.ndarray  # of the first gold answer, the end token last
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a scope divides a prompt: `before` (token ids) and after(item) stay text, source(item) is what latents replace."""
+    before: np.ndarray
+    source: Callable
+    after: Callable
+
+
 class Prompt:
     """Tokenises examples. style "plain", or "chat" for the tokenizer's chat template with a short-answer system prompt.
     Contexts are cut from the right where the prompt would be longer than `max_prompt_tokens`."""
@@ -303,7 +313,7 @@ class Prompt:
             self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after))
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
-        self.head, self.anchor = self.tokenize("Context:"), self.tokenize("Answer:")
+        self.head, self.anchor, self.cue = map(self.tokenize, ("Context:", "Answer:", "\nContinue:"))
         self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])  # what stands around every question
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
@@ -367,35 +377,16 @@ class Prompt:
         """The whole prompt as token ids, without the anchor."""
         return np.concatenate([self.pre, self.head, item.context, item.question, self.post])
 
-    def source(self, item, scope):
-        """What the encoder reads: the context, or the question first, so that the context's tokens have seen it."""
-        if scope == "context":
-            return item.context
-        return np.concatenate([item.question, item.context] if scope == "asked" else [item.question, self.head, item.context])
+    def after(self, item):
+        """What the LM reads behind the context: the question and the anchor."""
+        return np.concatenate([item.question, self.post, self.anchor])
 
-    def replaced(self, item, scope):
-        """How many tokens of the source the latents stand for: in scope asked the question is read but stays text."""
-        return len(item.context) if scope == "asked" else len(self.source(item, scope))
-
-    def lead(self, item, scope):
-        """How many tokens at the front of the source are the question."""
-        return 0 if scope == "context" else len(item.question)
-
-    def sources(self, items, scope):
-        """What the encoder reads for each item (B, T), PAD right, and how many tokens at its front are the question (B,)."""
-        import torch
-        return pad([self.source(item, scope) for item in items], PAD), torch.tensor([self.lead(item, scope) for item in items])
-
-    def prefix(self, item, scope, latents=None):
-        """What the LM reads before the question: all of it text (latents None), or with that many latents in it."""
-        if latents is None:
-            return np.concatenate([self.pre, self.head, item.context])
-        slots = np.full(latents, LATENT, dtype=np.int32)
-        return np.concatenate([self.pre, slots] if scope == "prompt" else [self.pre, self.head, slots])
-
-    def asked(self, item, scope):
-        """What the LM reads after the prefix: the question (unless it is in the latents) and the anchor."""
-        return np.concatenate([self.post, self.anchor] if scope == "prompt" else [item.question, self.post, self.anchor])
+    def layout(self, scope):
+        """The Layout of a scope."""
+        before, end = np.concatenate([self.pre, self.head]), np.concatenate([self.post, self.anchor])
+        if scope == "prompt":
+            return Layout(before, lambda item: np.concatenate([item.question, item.context]), lambda item: end)
+        return Layout(before, lambda item: item.context, self.after)
 
     def report_cuts(self, what):
         """Say how many contexts were cut, if any were."""
@@ -419,82 +410,130 @@ def pad(arrays, value, left=False):
 
 
 @dataclass
+class Source:
+    """What one encoder pass reads. Documents longer than a chunk take several of its rows."""
+    ids: object       # (C, W) token ids: before, text, the tokens that memory tokens start as; PAD right
+    memory: object    # (C, W) bool, the memory tokens
+    position: object  # (C, W) position ids
+    taken: object     # (B, N) of each document's cached places, the flat number in (C, W): before, then the latents
+    place: object     # (B, N) the position id that each has for the reader
+    held: object      # (B, N) bool, whether there is one
+    length: object    # (B,) how many there are
+
+    def to(self, device):
+        return Source(*(value.to(device) for value in vars(self).values()))
+
+
+@dataclass
 class Batch:
-    """What one forward pass reads. A row is one shared prefix and the questions behind it (`pack`)."""
-    context: object   # (B, T) token ids the encoder reads, PAD right
-    latents: object   # (B,) how many latents stand for each row's context
-    asked: object     # (B,) how many tokens at the front of what the encoder reads are the question
+    """What one forward pass reads. A row is one shared prefix (latents, text or both) and the segments behind it (`pack`)."""
     ids: object       # (B, S) token ids the LM reads, LATENT and PAD where they apply
-    position: object  # (B, S) position ids; they restart after the prefix for every question
-    segment: object   # (B, S) 0 the prefix, 1.. the questions, -1 padding
+    position: object  # (B, S) position ids; they restart after the prefix for every segment
+    segment: object   # (B, S) 0 the prefix, 1.. the segments, -1 padding
     row: object       # (A,) for each answer token: the row and column of the position that predicts it,
     col: object       # (A,)
     label: object     # (A,) the token itself,
-    owner: object     # (A,) which question of the batch it belongs to,
+    owner: object     # (A,) which segment of the batch it belongs to: questions come first, then continuations
     step: object      # (A,) and its index within that answer
-    found: object     # (F, 3) row, column and question of each token of `context` that is part of a question's answer
-    size: int         # number of questions
+    size: int         # questions
+    continued: int    # continuations
+    source: object = None  # Source, where an encoder reads
+    sees: object = None    # (B, segments + 1, N) bool, where a segment sees some of the cached places only
 
     def to(self, device):
-        return Batch(*(value if isinstance(value, int) else value.to(device) for value in vars(self).values()))
+        move = lambda value: value.to(device) if hasattr(value, "to") else value
+        return Batch(*map(move, vars(self).values()))
 
 
-def occurrences(part, ids):
-    """Where the token ids `part` (n,) start in ids (T,)."""
-    if not 0 < len(part) <= len(ids):
-        return []
-    return np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, len(part)) == part).all(1)).tolist()
-
-
-def pack(rows, contexts, latents, asked=None):
-    """Lay out a Batch. rows: [(prefix ids, [(question ids, answer ids), ...]), ...]; contexts: what the encoder reads for
-    each row; latents: how many latents each row's prefix holds (0: it is all text); asked: how many tokens of `contexts`
-    are the question (default: none)."""
+def pack(rows, starts=None):
+    """Lay out a Batch. rows: [(prefix ids, questions, continuations), ...], both lists of (ids, answer ids); starts:
+    the position of each row's first token, past the latents in its cache (default 0)."""
     import torch
-    asked = asked or [0] * len(rows)
-    ids, position, segment, targets, found, size = [], [], [], [], [], 0
-    for r, (prefix, questions) in enumerate(rows):
-        parts, places, segments, at = [prefix], [np.arange(len(prefix))], [np.zeros(len(prefix), int)], len(prefix)
-        for s, (question, answer) in enumerate(questions, 1):
-            part = np.concatenate([question, answer[:-1]])  # the last token is predicted, never read
+    ids, position, segment, targets = [], [], [], [[], []]
+    for r, (prefix, questions, continuations) in enumerate(rows):
+        start = starts[r] if starts else 0
+        parts, places, segments, at = [prefix], [start + np.arange(len(prefix))], [np.zeros(len(prefix), int)], len(prefix)
+        kinds = [(targets[0], q) for q in questions] + [(targets[1], c) for c in continuations]
+        for s, (found, (text, answer)) in enumerate(kinds, 1):
+            part = np.concatenate([text, answer[:-1]])  # the last token is predicted, never read
             parts.append(part)
-            places.append(len(prefix) + np.arange(len(part)))
+            places.append(start + len(prefix) + np.arange(len(part)))
             segments.append(np.full(len(part), s))
-            first = at + len(question) - 1  # the position that predicts the answer's first token
-            targets += [(r, first + k, token, size, k) for k, token in enumerate(answer)]
-            found += [(r, t, size) for start in occurrences(answer[:-1], contexts[r][asked[r]:])
-                      for t in range(asked[r] + start, asked[r] + start + len(answer) - 1)]
+            first = at + len(text) - 1  # the position that predicts the answer's first token
+            found.append([(r, first + k, token, k) for k, token in enumerate(answer)])
             at += len(part)
-            size += 1
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    return Batch(pad(contexts, PAD), torch.tensor(latents), torch.tensor(asked), pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(targets, dtype=torch.long).view(-1, 5).T.contiguous(),
-                 torch.tensor(found, dtype=torch.long).view(-1, 3), size)
+    flat = [(r, col, token, owner, k) for owner, answer in enumerate(targets[0] + targets[1]) for r, col, token, k in answer]
+    return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
+                 *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), len(targets[0]), len(targets[1]))
 
 
-def collate(prompt, rows, scope, count):
-    """The Batch of rows of Items, a row's items sharing one context. count(T): latents for a text of T tokens; None
-    leaves the context as text (the teacher, and rows that must see the plain LM)."""
-    if count is None:
-        return pack([(prompt.prefix(row[0], scope), [(prompt.asked(item, "context"), item.answer) for item in row])
-                     for row in rows], [row[0].context[:0] for row in rows], [0] * len(rows))
-    latents = [count(prompt.replaced(row[0], scope)) for row in rows]
-    return pack([(prompt.prefix(row[0], scope, m), [(prompt.asked(item, scope), item.answer) for item in row])
-                 for row, m in zip(rows, latents)],
-                [prompt.source(row[0], scope) for row in rows], latents, [prompt.lead(row[0], scope) for row in rows])
+def continuations(prompt, item, count, rng, cue=4, length=20):
+    """`count` continuation segments of an item's context: the cue and 4 tokens of the text, the 20 after them to be
+    predicted. They ask the latents for all of a text, where questions ask for what they are about. Texts of under 16
+    tokens give none."""
+    found, text = [], item.context
+    for _ in range(count if len(text) >= 16 else 0):
+        p = rng.randrange(len(text) - 11)
+        found.append((np.concatenate([prompt.cue, text[p:p + cue]]), text[p + cue:p + cue + length]))
+    return found
+
+
+def windows(length, count, chunk):
+    """[(begin, end, starts), ...]: the chunks, of at most `chunk` tokens, in which a text of `length` tokens is read,
+    and where in the text the windows of its `count` latents start, chunk by chunk. Chunks are of like length, and so
+    are the windows of each; while count <= length no window is empty."""
+    pieces = max(1, -(-length // chunk))
+    found = []
+    for c in range(pieces):
+        begin, end = c * length // pieces, (c + 1) * length // pieces
+        share = end * count // max(1, length) - begin * count // max(1, length)
+        found.append((begin, end, begin + np.arange(share) * (end - begin) // max(1, share)))
+    return found
+
+
+def lay_source(before, texts, counts, chunk, rarity):
+    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Where a text has as many latents as
+    tokens its own tokens are the latents; else memory tokens stand behind it, one a window, each starting as its
+    window's rarest token (rarity (V,)), at that token's position. A text of more than `chunk` tokens is read in
+    chunks, each with its share of the memory tokens: the cost stays linear in the text."""
+    import torch
+    H = len(before)
+    rows, taken = [], []
+    for text, count in zip(texts, counts):
+        found = []
+        for begin, end, starts in windows(len(text), count, chunk):
+            if not len(starts) and found:
+                continue  # no latent comes from here
+            part, n = text[begin:end], end - begin
+            stops = [*starts[1:], end]
+            own = count == len(text)
+            picked = [] if own else [a - begin + rarity[text[a:b]].argmax() for a, b in zip(starts, stops)]
+            picked = np.array(picked, dtype=int)
+            found += [] if found else [(len(rows), t) for t in range(H)]
+            found += [(len(rows), H + t + (0 if own else n)) for t in range(len(starts))]
+            rows.append((np.concatenate([before, part, part[picked]]), H + n, np.concatenate([np.arange(H + n), H + picked])))
+        taken.append(found)
+    ids = pad([row for row, _, _ in rows], PAD)
+    W, place = ids.shape[1], [np.arange(len(found)) for found in taken]
+    behind = torch.tensor([text_end for _, text_end, _ in rows])[:, None] <= torch.arange(W)
+    return Source(ids, behind & (ids != PAD), pad([position for *_, position in rows], 0),
+                  pad([[r * W + t for r, t in found] for found in taken], 0), pad(place, 0), pad(place, -1) >= 0,
+                  torch.tensor([len(found) for found in taken]))
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
-    """One epoch's order: a list of steps, each a list of micro-batches, each a list of rows, each a list of item numbers.
+    """One epoch's order: a list of steps, each a list of micro-batches, each a list of rows, each a list of item
+    numbers.
 
     A pure function of its arguments, so a run restarts anywhere in it without replaying, and processes that take
     every n-th micro-batch of a step are disjoint and together the same for any number of processes.
 
-    groups: item numbers that may share a row (the questions of one paragraph); lengths: an item's length, for bucketing.
-    A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length; what does not fill a
-    step is left out of the epoch, by chance, so that no length is left out of all of them."""
+    groups: item numbers that may share a row (the questions of one paragraph); lengths: an item's length, for
+    bucketing. A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length; what
+    does not fill a step is left out of the epoch, by chance, so that no length is left out of all of them."""
     rng = random.Random(f"{seed} {epoch}")
     rows = []
     for group in groups:

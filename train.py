@@ -1,22 +1,21 @@
 """
-Train a wire: encoder, adapter and LoRA around a frozen LM.
+Train a wire: the LoRA sets of encoder and reader in one frozen LM.
 
     python train.py --preset demo                                # SmolLM2-135M on CPU, synthetic passages, 6 minutes
     torchrun --nproc_per_node=4 train.py                         # Llama-3.1-8B and SQuAD, one node with 4 GPUs
     torchrun --nproc_per_node=2 train.py --preset demo           # two CPU processes (gloo)
     python train.py --preset squad --data train-v1.1.json.gz     # SmolLM2-135M on CPU, real SQuAD, an hour
-    python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
+    python train.py --preset squad --wire tokens --keep all      # the rival that reads the whole text, for the same
+    time python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
 
 Every value below is a flag. Writes OUT/config.json, OUT/logs/training.log, OUT/logs/train_diagnostics.jsonl,
 OUT/eval/metrics_history.jsonl, OUT/ckpt/last and OUT/ckpt/best (by dev F1).
 """
 import contextlib
-import fcntl
 import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -31,14 +30,21 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
-from data import Prompt, collate, epoch_plan, group_by_context, load_data
-from eval import evaluate_row, summary
-from lm import join, load_lm, pick_device, shard
-from model import CHUNK, LatentWire, WireConfig, budgets, check_lm, load_trained, read_last_good, save_checkpoint
+from data import Prompt, epoch_plan, group_by_context, load_data
+from lm import checkpoint_layers, join, load_lm, pick_device, shard
+from model import LatentWire, WireConfig, budgets, check_config
+from rows import evaluate_row, kept_tokens, own_row, summary
+from store import check_lm, load_trained, read_last_good, save_checkpoint
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no locks, no peak memory
+    fcntl = resource = None
 
 
-def option(default, text):
-    return field(default=default, metadata={"help": text})
+def option(default, text, *aliases):
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
 
 
 @dataclass
@@ -48,16 +54,17 @@ class Config(WireConfig):
     eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles are held out)")
     samples: int = option(20_000, "training questions")
     eval_samples: int = option(200, "questions of the fixed dev slice")
-    max_context_tokens: int = option(0, "leave out questions whose context is longer; 0: keep all")
     # optimizer
     epochs: int = option(20, "passes over the samples")
     minutes: float = option(0.0, "end after that long, the learning rate with it; 0: epochs alone decide")
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
-    pack: int = option(4, "questions of one paragraph that share its latents in a row (context scope)")
-    ramp: float = option(0.3, "share of the run over which M falls from the context's own length: the task first, then the compression")
-    lr: float = option(1e-3, "peak learning rate of LoRA")
-    encoder_lr: float = option(2e-4, "peak learning rate of the encoder and the adapter")
+    pack: int = option(5, "questions of one paragraph that share its latents in a row")
+    continuations: int | None = option(None, "stretches of the text that each row's latents must continue, beside its "
+                                       "questions (default 3 where memory tokens hold the text, else 0)", "--continue")
+    ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then the "
+                              "compression")
+    lr: float = option(5e-4, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
     clip: float = option(1.0, "gradient norm is clipped to this")
@@ -66,7 +73,7 @@ class Config(WireConfig):
     kce: float = option(0.0, "weight of the cross-entropy of the first K tokens")
     first: float = option(3.0, "weight of the first token's cross-entropy")
     kd: float = option(0.0, "weight of the distillation from the LM that reads the text")
-    find: float = option(0.3, "weight of the cross-entropy of the answer's own tokens where the encoder picks (scopes asked and prompt)")
+    more: float = option(0.3, "weight of the continuations' cross-entropy")
     entropy: float = option(0.5, "weight of the first-token entropy of the batch mean")
     K: int = option(4, "tokens of kce and kd")
     temperature: float = option(1.0, "of kd")
@@ -74,9 +81,10 @@ class Config(WireConfig):
     preset: str = option("default", "default, smoke, demo or squad: sets the defaults of the other flags")
     out: str = option("runs/default", "folder of the run")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
-    seed: int = option(0, "of weights, order and dropout")
+    seed: int = option(0, "of weights and order")
     shard: bool = option(False, "spread the frozen LM over the processes, for one that is too large for a GPU (FSDP2)")
-    grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward pass: less memory, a third more time")
+    grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward pass: less "
+                                          "memory, a third more time")
     log_every: int = option(10, "steps")
     eval_every: int = option(200, "steps between evaluations on the dev slice; 0: at the end alone")
     save_every: int = option(50, "steps between writes of ckpt/last")
@@ -84,18 +92,23 @@ class Config(WireConfig):
     device: str = option("", "cuda or cpu (default: a GPU where there is one)")
 
 
-ASKED = dict(scope="asked", ramp=0.0, encoder_lr=5e-4)
+# The recipe is the same everywhere: presets differ in LM, data and length.
+SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, lora_rank=8, first=0.5, entropy=0.0)
 PRESETS = {
-    "default": ASKED,  # the recommended run of the specification, with the recipe measured here
-    "smoke": dict(ASKED, samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
+    "default": {},  # the recommended run of the specification
+    "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
+    "demo": dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, eval_samples=50, eval_every=0, log_every=5,
+                 out="runs/demo"),
+    "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
-SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, pack=5, lora_rank=16, lora_alpha=32.0, lora_targets="q,v,o", first=0.5, entropy=0.0)
-PRESETS["demo"] = dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, ramp=0.6, eval_samples=50, eval_every=0, log_every=5, out="runs/demo")
-PRESETS["squad"] = dict(SMOLLM, **ASKED, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad")
-
 
 # By the first flag of each.
-TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix", "preset": "the run"}
+TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix",
+          "preset": "the run"}
+
+
+def mistake(message):
+    raise UserError(message)
 
 
 def parse_config(argv=None):
@@ -114,15 +127,23 @@ def parse_config(argv=None):
         if group is not parser._optionals:
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
+    parser.error = mistake  # argparse would print its usage, longer than a screen
     config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0], list(parser._option_string_actions)))
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
-    for name in ("lr", "encoder_lr", "temperature", "clip"):
+    for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
+    if config.minutes < 0:
+        raise UserError(f"--minutes {config.minutes} must not be negative")
+    if config.continuations is None:  # tokens that are not compressed have nothing to learn from it
+        config.continuations = 3 if config.wire != "tokens" and (config.scope != "asked" or config.ratio > 1) else 0
+    if config.continuations < 0:
+        raise UserError(f"--continue {config.continuations} must not be negative")
+    check_config(config)
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
     return config
@@ -137,8 +158,8 @@ def lr_factor(progress, warmup):
 
 
 def hold_out(items, n):
-    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or of
-    its contexts where it names no articles; more, up to a fifth, until there are n questions."""
+    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or
+    of its contexts where it names no articles; more, up to a fifth, until there are n questions."""
     groups = {}
     for item in items:
         groups.setdefault(item.example.title or item.example.context, []).append(item)
@@ -155,13 +176,13 @@ def load_items(config, prompt):
     """(training items, dev items). The dev slice is fixed by the seed."""
     eval_data = config.eval_data or config.data
     examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
-    short = lambda items: [item for item in items if not config.max_context_tokens or len(item.context) <= config.max_context_tokens]
     if config.eval_data or config.data in ("squad", "synthetic"):
-        train = short(prompt.items(examples))
-        dev = short(prompt.items(load_data(eval_data, "dev", config.eval_samples if eval_data == "synthetic" else None, config.seed)))
+        train = prompt.items(examples)
+        few = config.eval_samples if eval_data == "synthetic" else None
+        dev = prompt.items(load_data(eval_data, "dev", few, config.seed))
         dev = random.Random(config.seed).sample(dev, min(config.eval_samples, len(dev)))
     else:
-        train, held, what = hold_out(short(prompt.items(examples)), config.eval_samples)
+        train, held, what = hold_out(prompt.items(examples), config.eval_samples)
         dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
         log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in {config.out}/held_out.jsonl")
         if first_process():
@@ -174,8 +195,8 @@ def load_items(config, prompt):
     elif config.samples > len(train):
         log(f"notice: {config.samples} samples asked for, {len(train)} are there: using all of them")
     if not train or not dev:
-        raise UserError(f"--data {config.data} leaves {len(train)} training and {len(dev)} dev questions; give more data or a "
-                        "larger --max_context_tokens")
+        raise UserError(f"--data {config.data} leaves {len(train)} training and {len(dev)} dev questions; give more "
+                        "data")
     prompt.report_cuts(config.data)
     return train, dev
 
@@ -185,8 +206,9 @@ def load_items(config, prompt):
 
 def first_token_stats(logits, batch, tokenizer):
     """What the first answer tokens of a micro-batch look like: hits, probabilities, and a histogram of the winners."""
-    first = batch.step == 0
-    p, label = logits[first].float().softmax(-1), batch.label[first]
+    n = len(logits)  # the questions' tokens, which come first in the batch
+    first = batch.step[:n] == 0
+    p, label = logits[first].float().softmax(-1), batch.label[:n][first]
     top, winners = p.topk(5, dim=-1)
     renormalised = top / top.sum(-1, keepdim=True)
     return {
@@ -200,7 +222,10 @@ def first_token_stats(logits, batch, tokenizer):
 def memory():
     """Memory by GPU as the preserved run logs it, or this process's peak on the host."""
     if not torch.cuda.is_available():
-        return {"host_memory": {"peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}}
+        if resource is None:
+            return {}
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+        return {"host_memory": {"peak_rss_gb": round(kib / 2**20, 2)}}
     gb, index = 1e9, torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory": {"gpus": [{
@@ -211,19 +236,18 @@ def memory():
 
 def diagnostics(window, config, name):
     """One record of the steps since the last: window is a list over micro-batches of all processes of
-    (questions, loss parts, first-token statistics, latent RMS, attention entropy)."""
+    (questions, loss parts, first-token statistics, latent RMS)."""
     n = sum(size for size, *_ in window)
-    mean = lambda key: sum(stats[key] for _, _, stats, _, _ in window) / n
+    mean = lambda key: sum(stats[key] for _, _, stats, _ in window) / n
     part = lambda key: sum(size * parts.get(key, 0.0) for size, parts, *_ in window) / n
-    histogram = sum((stats["histogram"] for _, _, stats, _, _ in window), Counter())
-    entropies = [value for *_, value in window if value is not None]
+    histogram = sum((stats["histogram"] for _, _, stats, _ in window), Counter())
     return {
         "mode": "latent", "K": config.K, "first_weight": config.first,
         "prediction_diversity": len(histogram) / n, "dominant_predictions": histogram.most_common(5),
-        "latent_rms": sum(rms for *_, rms, _ in window) / len(window),
-        "attention_entropy": sum(entropies) / len(entropies) if entropies else None,
+        "latent_rms": sum(rms for *_, rms in window) / len(window),
         "models": {name: {
-            "mode": "latent", "tf": part("tf"), "first": part("first"), "kce": part("kce"), "kd": part("kd"), "find": part("find"), "entropy_loss": part("entropy"),
+            "mode": "latent", **{key: part(key) for key in ("tf", "first", "kce", "kd", "more")},
+            "entropy_loss": part("entropy"),
             "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("entropy"),
             "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
                                         "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
@@ -280,6 +304,8 @@ def claim(out):
         lock = open(out / "lock", "a+")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    if fcntl is None:
+        return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -306,216 +332,369 @@ def check_resume(config, saved, lm, path):
             log(f"notice: --{name} was {before[name]}, goes on as {value}")
 
 
-def train(config, rank, world, device, dtype, why, stack):
-    out, master = Path(config.out), rank == 0
-    last = out / "ckpt" / "last"
-    found = last.exists() or last.with_name("last.old").exists()
-    if found and not config.resume:
-        raise UserError(f"--out {out} already holds a run; give --resume to go on with it, or another --out")
-    micro = min(config.micro_batch, max(1, config.batch // world))
-    if config.batch % micro or config.batch // micro % world:
-        raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; change "
-                        "--batch or --micro_batch")
-    if config.shard and config.max_prompt_tokens > CHUNK:  # in step only while every process runs the layers as often as the others
-        raise UserError(f"--max_prompt_tokens {config.max_prompt_tokens} does not go with --shard, whose processes must read their texts in one piece; give {CHUNK} or less")
-    torch.manual_seed(config.seed)
+class Plan:
+    """What every step of a run reads, a function of its number alone: so a run goes on anywhere without replaying,
+    and processes that take every n-th micro-batch of a step are disjoint and together the same for any number of
+    them."""
 
-    # model
-    lm, tokenizer = load_lm(config.lm, dtype, "cpu" if config.shard else str(device))
-    prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
-    wire = LatentWire(lm, config)
-    if config.shard:
-        shard(wire, device)
-    trainable = wire.trainable()
-    if config.grad_checkpoint:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    if not trainable:
-        raise UserError("--encoder text with --lora_rank 0 leaves nothing to train; give --lora_rank 16")
-    parts = [([p for name, p in trainable.items() if name.startswith("lm.") == is_lora], lr) for is_lora, lr in ((True, config.lr), (False, config.encoder_lr))]
-    optimizer = torch.optim.AdamW([{"params": params, "peak": lr} for params, lr in parts if params], weight_decay=config.weight_decay, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
+    def __init__(self, config, items, micro):
+        self.config, self.micro, self.epochs = config, micro, {}
+        self.groups, self.lengths = group_by_context(items), [len(item.context) for item in items]
+        alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"  # each question has its own
+        self.per_row = 1 if alone else min(config.pack, micro)
+        self.ends = []  # the number of steps until each epoch's end
+        for epoch in range(config.epochs):
+            self.ends.append((self.ends[-1] if epoch else 0) + len(self._epoch(epoch)))
 
-    # data
-    items, dev = load_items(config, prompt)
-    groups = group_by_context(items)
-    lengths = [len(item.context) for item in items]
-    sizes = budgets(config)
-    per_row = min(config.pack, micro) if config.scope == "context" else 1  # elsewhere no two questions share latents
-    plan = lambda epoch: epoch_plan(groups, lengths, config.batch, micro, config.seed, epoch, per_row)
-    total = sum(len(plan(epoch)) for epoch in range(config.epochs))
+    def _epoch(self, epoch):
+        if epoch not in self.epochs:
+            self.epochs = {epoch: epoch_plan(self.groups, self.lengths, self.config.batch, self.micro, self.config.seed, epoch,
+                                             self.per_row)}
+        return self.epochs[epoch]
 
-    if config.encoder == "pointer":
-        wire.encoder.count_tokens([items[group[0]].context for group in groups], [item.question for item in items], prompt.around)
+    def __len__(self):
+        return self.ends[-1]
 
-    # resume
-    state = {"step": 0, "epoch": 0, "epoch_step": 0, "seen": 0, "elapsed": 0.0, "skipped": 0, "skipped_in_a_row": 0, "best_f1": -1.0, "finished": False}
-    if found:
-        saved = read_last_good(last)
-        check_resume(config, saved, lm, out / "config.json")
-        load_trained(wire, saved.folder)
-        restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
-        state = json.loads((saved.folder / "state.json").read_text(encoding="utf-8"))
-        log(f"resuming {out} at step {state['step']} of {total}")
-    logs, name = out / "logs", Path(lm.name).name
-    if master:
-        logs.mkdir(parents=True, exist_ok=True)
-        (out / "eval").mkdir(exist_ok=True)
-        write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-        for path in (logs / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"):
-            keep_steps(path, state["step"])
+    def where(self, n):
+        """(epoch, step within it) of step n."""
+        epoch = next(epoch for epoch, end in enumerate(self.ends) if n < end)
+        return epoch, n - (self.ends[epoch - 1] if epoch else 0)
 
-    def keep(what, write, *given):
+    def __getitem__(self, n):
+        """The micro-batches of step n: [(rows of item numbers, M, random numbers of its own), ...]."""
+        epoch, step = self.where(n)
+        sizes, found = budgets(self.config), []
+        for i, rows in enumerate(self._epoch(epoch)[step]):
+            rng = random.Random(f"{self.config.seed} {n} {i}")
+            found.append((rows, None if self.config.ratio and self.config.scope != "asked" else rng.choice(sizes), rng))
+        return found
+
+
+@dataclass
+class State:
+    """Where training stands; state.json of ckpt/last."""
+    step: int = 0
+    seen: int = 0
+    elapsed: float = 0.0      # seconds, over all starts
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_f1: float = -1.0
+    finished: bool = False
+
+
+@dataclass
+class Run:
+    """All that the steps of a run need."""
+    config: Config
+    rank: int
+    world: int
+    device: object
+    lm: object
+    tokenizer: object
+    wire: LatentWire
+    model: object             # the wire, in DDP where there are several processes
+    optimizer: object
+    autocast: object          # () -> context manager
+    items: list
+    dev: list
+    plan: Plan
+    state: State
+    bar: object
+    name: str
+    stopping: list            # signals received
+    kept: dict = field(default_factory=dict)  # the tokens that selective keeps, by context and number
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    @property
+    def out(self):
+        return Path(self.config.out)
+
+    def note(self, text):
+        """To the terminal and to training.log, from the first process."""
+        if self.master:
+            self.bar.write(text, file=sys.stderr)
+            self.keep("training.log", append_line, self.out / "logs" / "training.log", text)
+
+    def keep(self, what, write, *given):
         """Write something; a full disk or a folder that became read-only must not end the training. True if it is written."""
         try:
             write(*given)
             return True
         except OSError as error:
-            bar.write(f"warning: {what} not written, training goes on: {error}", file=sys.stderr)
+            self.bar.write(f"warning: {what} not written, training goes on: {error}", file=sys.stderr)
             return False
 
-    def note(text):
-        """To the terminal and to training.log, from the first process."""
-        if master:
-            bar.write(text, file=sys.stderr)
-            keep("training.log", append_line, logs / "training.log", text)
+
+def micro_size(config, world):
+    """Questions a forward pass. Raises UserError where a batch does not split evenly."""
+    micro = min(config.micro_batch, max(1, config.batch // world))
+    if config.batch % micro or config.batch // micro % world:
+        raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; change "
+                        "--batch or --micro_batch")
+    return micro
+
+
+def set_up(config, rank, world, device, dtype, why, stack):
+    """The Run, new or as far as --resume finds it."""
+    last = Path(config.out) / "ckpt" / "last"
+    found = last.exists() or last.with_name("last.old").exists()
+    if found and not config.resume:
+        raise UserError(f"--out {config.out} already holds a run; give --resume to go on with it, or another --out")
+    micro = micro_size(config, world)
+    torch.manual_seed(config.seed)
+
+    # model
+    lm, tokenizer = load_lm(config.lm, dtype, "cpu" if config.shard else str(device), wired=config.wire != "tokens")
+    prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
+    wire = LatentWire(lm, config, prompt)
+    if config.grad_checkpoint:
+        checkpoint_layers(lm)
+    if config.shard:
+        shard(wire, device)
+    trainable = wire.trainable()
+    optimizer = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
+                                  fused=device.type == "cuda")
+
+    # data
+    items, dev = load_items(config, prompt)
+    plan = Plan(config, items, micro)
+    wire.count_words([items[group[0]].context for group in plan.groups], [item.question for item in items])
+
+    # resume
+    state = State()
+    if found:
+        saved = read_last_good(last)
+        check_resume(config, saved, lm, Path(config.out) / "config.json")
+        load_trained(wire, saved.folder)
+        restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
+        state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
+        log(f"resuming {config.out} at step {state.step} of {len(plan)}")
+    if rank == 0:
+        begin_files(config, state.step)
 
     from tqdm import tqdm
-    bar = stack.enter_context(tqdm(total=total, initial=state["step"], unit="step", disable=not master, dynamic_ncols=True))
-    note(f"{name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} process(es)")
-    note(f"trainable {sum(p.numel() for p in trainable.values()):,}, frozen {sum(p.numel() for p in lm.parameters() if not p.requires_grad):,}")
-    note(f"{len(items)} questions on {len(groups)} contexts, {len(dev)} dev; {total} steps of {config.batch} questions, micro-batches of {micro}"
-         + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
-
+    bar = stack.enter_context(tqdm(total=len(plan), initial=state.step, unit="step", disable=rank != 0, dynamic_ncols=True))
     model = wire
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
-        DDP._set_params_and_buffers_to_ignore_for_model(wire, [n for n, _ in wire.named_parameters() if n not in trainable] + [n for n, _ in wire.named_buffers()])
-        model = DDP(wire, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
-    autocast = torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "find", "entropy")}
+        DDP._set_params_and_buffers_to_ignore_for_model(
+            wire, [n for n, _ in wire.named_parameters() if n not in trainable] + [n for n, _ in wire.named_buffers()])
+        index = [device.index] if device.type == "cuda" else None
+        model = DDP(wire, device_ids=index, broadcast_buffers=False)
+    autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state, bar,
+              Path(lm.name).name, [])
+    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+    run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} process(es)")
+    run.note(f"wire {config.wire}, scope {config.scope}; trainable {sum(p.numel() for p in trainable.values()):,}, frozen {frozen:,}")
+    run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of {config.batch} "
+             f"questions, micro-batches of {micro}" + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
+    return run
 
-    def save():
-        return not master or keep("ckpt/last", save_checkpoint, last, wire, optimizer_tensors(optimizer, wire), state)
 
-    def evaluate():
-        """Dev F1 of the latents; keeps the best checkpoint. A sharded LM answers in all processes at once."""
-        if not master and not config.shard:
-            return
-        wire.eval()
-        scores = summary(evaluate_row("latent", lm, tokenizer, prompt, dev, wire))
-        wire.train()
-        if not master:
-            return
-        record = {"kind": "train", "tag": out.name, "global_step": state["step"], "samples_seen": state["seen"], "n": len(dev), **scores,
-                  "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
-        keep("metrics_history.jsonl", append_line, out / "eval" / "metrics_history.jsonl", json.dumps(record))
-        low, high = scores["f1_ci95"]
-        note(f"step {state['step']}: dev latent F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM {100 * scores['em']:.1f}, "
-             f"{scores['distinct_first_words']} distinct first words of {len(dev)}")
-        if scores["f1"] > state["best_f1"] and keep("ckpt/best", save_checkpoint, out / "ckpt" / "best", wire, None, None, torch.float16):
-            state["best_f1"] = scores["f1"]
+def begin_files(config, step):
+    """The run's folders and config.json; logs lose what is past the step, which will be written again."""
+    out = Path(config.out)
+    for folder in ("logs", "eval"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+    for path in (out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"):
+        keep_steps(path, step)
 
-    stopping = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda received, frame: stopping.append(received))
-    wire.train()
-    began, window, ticked = time.time() - state["elapsed"], [], time.time()
-    # A finished run goes on where it is given more epochs or minutes.
-    done = state["finished"] and (state["step"] >= total or 0 < config.minutes <= state["elapsed"] / 60)
-    state["finished"] = done
-    while not done:
-        steps = plan(state["epoch"])
-        while state["epoch_step"] < len(steps):
-            # All processes must agree on the clock and on a signal that only one of them got.
-            shared = torch.tensor([time.time() - began, float(bool(stopping))], dtype=torch.float64, device=device)
-            if world > 1:
-                dist.all_reduce(shared, dist.ReduceOp.MAX)
-            state["elapsed"], stop = shared[0].item(), shared[1].item() > 0
-            progress = max(state["step"] / total, state["elapsed"] / 60 / config.minutes if config.minutes else 0.0)
-            if stop or progress >= 1:
-                break
-            factor = lr_factor(progress, config.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            torch.manual_seed(config.seed + 1_000_003 * state["step"] + rank)  # dropout follows from the position alone
 
-            kept = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # share of the tokens that still have a latent each
-            count = lambda length: min(length, max(wire.count(length, M), math.ceil(kept * length)))
-            step = steps[state["epoch_step"]]
-            asked, mine = sum(len(row) for rows in step for row in rows), step[rank::world]
-            for i, rows in enumerate(mine):
-                rows = [[items[j] for j in row] for row in rows]
-                # One of --latents for each micro-batch, the same whichever process gets it.
-                M = None if config.ratio else random.Random(f"{config.seed} {state['step']} {rank + i * world}").choice(sizes)
-                batch = collate(prompt, rows, config.scope, count).to(device)
-                teacher = collate(prompt, rows, config.scope, None).to(device) if config.kd else None
-                # Gradients travel once a step, with the last micro-batch.
-                with model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), autocast:
-                    loss, parts, (logits, prefix, attention) = model(batch, weights, config.K, config.temperature, teacher)
-                    (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
-                look = None if attention is None or wire.encoder.picks else -torch.xlogy(attention, attention).sum(-1).mean().item()
-                window.append((batch.size, {key: value.item() for key, value in parts.items()}, first_token_stats(logits, batch, tokenizer),
-                               prefix.float().pow(2).mean().sqrt().item(), look))
-            norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.clip)
-            if torch.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
-                optimizer.step()
-                state["skipped_in_a_row"] = 0
-            else:
-                state["skipped"], state["skipped_in_a_row"] = state["skipped"] + 1, state["skipped_in_a_row"] + 1
-                note(f"step {state['step'] + 1}: gradient norm {norm.item()}, step skipped ({state['skipped']} so far)")
-                if state["skipped_in_a_row"] == 10:
-                    raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {last}. Lower --lr")
-            optimizer.zero_grad(set_to_none=True)
-            state.update(step=state["step"] + 1, epoch_step=state["epoch_step"] + 1, seen=state["seen"] + asked)
-            if progress and config.minutes:  # the steps that there is time for, so that the bar's ETA is the run's
-                bar.total = max(state["step"], round((state["step"] - 1) / progress))
-            bar.update()
+def kept_of(run, items, M):
+    """Of each item's context the tokens that --wire tokens keeps, M at most. Selective takes a pass of the plain LM, so
+    it is done once for each text and number; not with a sharded LM, which all processes must run equally often."""
+    config, wire = run.config, run.wire
+    counts = [wire.stored(len(item.context), M) for item in items]
+    keep = lambda which: kept_tokens(config.keep, run.lm, wire.prompt, [items[i] for i in which], [counts[i] for i in which],
+                                     wire.rarity)
+    if config.keep != "selective" or config.shard:
+        return keep(range(len(items)))
+    keys = [(item.context.tobytes(), count) for item, count in zip(items, counts)]
+    new = {key: i for i, key in enumerate(keys) if key not in run.kept}
+    if new:
+        run.kept.update(zip(new, keep(new.values())))
+    return [run.kept[key] for key in keys]
 
-            if state["step"] % config.log_every == 0:
-                windows = [window]
-                if world > 1:
-                    windows = [None] * world
-                    dist.all_gather_object(windows, window)
-                record = diagnostics(sum(windows, []), config, name)
-                questions = sum(size for every in windows for size, *_ in every)
-                window, seconds, ticked = [], time.time() - ticked, time.time()
-                if master:
-                    record = {"epoch": state["epoch"], "global_step": state["step"], "epoch_step": state["epoch_step"], "samples_seen": state["seen"],
-                              "grad_norm": norm.item(), "lr": config.lr * factor, "sec_per_step": seconds / config.log_every,
-                              "samples_per_sec": questions / seconds, "skipped_steps": state["skipped"], **record, **memory()}
-                    keep("train_diagnostics.jsonl", append_line, logs / "train_diagnostics.jsonl", json.dumps(record))
-                    inner, (word, count) = record["models"][name], record["dominant_predictions"][0]
-                    line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
-                            f"M {int(batch.latents.max())} {questions / seconds:.1f} q/s")
-                    left = f" {max(0.0, config.minutes - state['elapsed'] / 60):.1f} min left" if config.minutes else ""
-                    bar.set_postfix_str(line + left)
-                    keep("training.log", append_line, logs / "training.log", f"step {state['step']}: {line} grad_norm {norm.item():.2f}")
-                    if count > 0.9 * questions and questions >= 32:
-                        note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
-            due = config.eval_every and state["step"] % config.eval_every == 0 and state["step"] < total
-            if due:
-                evaluate()
-            if (due or state["step"] % config.save_every == 0) and not state["skipped_in_a_row"]:
-                save()  # after the evaluation, whose best F1 it holds
-        else:
-            state.update(epoch=state["epoch"] + 1, epoch_step=0)
-            done = state["epoch"] >= config.epochs
-            continue
-        if stop:
-            if not save():
-                raise UserError(f"stopped by signal at step {state['step']} and not saved; the last checkpoint that is whole is in {out}/ckpt")
-            note(f"stopped by signal at step {state['step']}, saved; go on with --resume")
-            return 130 if signal.SIGINT in stopping else 0
-        done = True
 
-    if not state["finished"]:
-        save()
-        evaluate()
-        state["finished"] = state["best_f1"] >= 0 or not master
-        if not save() or not state["finished"]:
+def make_batch(run, rows, M, rng, progress):
+    """(Batch, the teacher's Batch or None) of rows of item numbers."""
+    wire, config = run.wire, run.config
+    rows, kept = [[run.items[j] for j in row] for row in rows], None
+    if config.wire == "tokens":
+        kept = kept_of(run, [row[0] for row in rows], M)
+    share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
+    count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
+    batch = wire.collate(rows, count, M, kept, config.continuations, rng)
+    return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
+
+
+def train_step(run, progress, window):
+    """One optimizer step; adds what its micro-batches showed to the window. Returns (gradient norm, questions)."""
+    config, step, world = run.config, run.plan[run.state.step], run.world
+    weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
+    asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
+    for i, (rows, M, rng) in enumerate(mine):
+        batch, teacher = make_batch(run, rows, M, rng, progress)
+        # Gradients travel once a step, with the last micro-batch.
+        with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
+            loss, parts, (logits, rms) = run.model(batch, weights, config.K, config.temperature, teacher)
+            (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
+        window.append((batch.size, {key: value.item() for key, value in parts.items()},
+                       first_token_stats(logits, batch, run.tokenizer), rms.item()))
+    norm = torch.nn.utils.clip_grad_norm_(run.wire.trainable().values(), config.clip)
+    state = run.state
+    if torch.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
+        run.optimizer.step()
+        state.skipped_in_a_row = 0
+    else:
+        state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
+        run.note(f"step {state.step + 1}: gradient norm {norm.item()}, step skipped ({state.skipped} so far)")
+        if state.skipped_in_a_row == 10:
+            raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {run.out}/ckpt/last. Lower --lr")
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm.item(), asked
+
+
+def log_steps(run, window, norm, seconds):
+    """A record of the steps since the last one, to train_diagnostics.jsonl, training.log and the bar."""
+    config, state, windows = run.config, run.state, [window]
+    if run.world > 1:
+        windows = [None] * run.world
+        dist.all_gather_object(windows, window)
+    if not run.master:
+        return
+    record = diagnostics(sum(windows, []), config, run.name)
+    questions = sum(size for every in windows for size, *_ in every)
+    epoch, epoch_step = run.plan.where(state.step - 1)
+    record = {"epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen, "grad_norm": norm,
+              "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
+              "samples_per_sec": questions / seconds, "skipped_steps": state.skipped, **record, **memory()}
+    run.keep("train_diagnostics.jsonl", append_line, run.out / "logs" / "train_diagnostics.jsonl", json.dumps(record))
+    inner, (word, count) = record["models"][run.name], record["dominant_predictions"][0]
+    line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
+            f"{questions / seconds:.1f} q/s")
+    left = f" {max(0.0, config.minutes - state.elapsed / 60):.1f} min left" if config.minutes else ""
+    run.bar.set_postfix_str(line + left)
+    run.keep("training.log", append_line, run.out / "logs" / "training.log", f"step {state.step}: {line} grad_norm {norm:.2f}")
+    if count > 0.9 * questions and questions >= 32:
+        run.note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
+
+
+class Stopped(Exception):
+    """A signal came while the dev slice was being answered."""
+
+
+class _Watch:
+    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def update(self, n):
+        if self.run.stopping:
+            raise Stopped
+
+
+def evaluate(run):
+    """Dev F1 of the wire's own row; keeps the best checkpoint. A sharded LM answers in all processes at once."""
+    if not run.master and not run.config.shard:
+        return
+    state, row = run.state, own_row(run.config)
+    run.wire.eval()
+    try:
+        watch = None if run.config.shard else _Watch(run)
+        scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire, bar=watch))
+    except Stopped:
+        return
+    finally:
+        run.wire.train()
+    if not run.master:
+        return
+    record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
+              "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
+    history = run.out / "eval" / "metrics_history.jsonl"
+    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)  # an evaluation that was killed after its record
+    run.keep("metrics_history.jsonl", append_line, history, json.dumps(record))
+    low, high = scores["f1_ci95"]
+    run.note(f"step {state.step}: dev {row} F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM "
+             f"{100 * scores['em']:.1f}, {scores['distinct_first_words']} distinct first words of {len(run.dev)}")
+    best = run.out / "ckpt" / "best"
+    if scores["f1"] > state.best_f1 and run.keep("ckpt/best", save_checkpoint, best, run.wire, None, None, torch.float16):
+        state.best_f1 = scores["f1"]
+
+
+def save(run):
+    """Write ckpt/last; True where it is written."""
+    return not run.master or run.keep("ckpt/last", save_checkpoint, run.out / "ckpt" / "last", run.wire,
+                                      optimizer_tensors(run.optimizer, run.wire), asdict(run.state))
+
+
+def clock(run, began):
+    """(share 0..1 of the run that is over, whether to stop now), the same in all processes: they must agree on the
+    time and on a signal that only one of them got. Counts the time into the state."""
+    shared = torch.tensor([time.time() - began, float(bool(run.stopping))], dtype=torch.float64)
+    if run.world > 1:
+        shared = shared.to(run.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    run.state.elapsed = shared[0].item()
+    timed = run.state.elapsed / 60 / run.config.minutes if run.config.minutes else 0.0
+    return max(run.state.step / len(run.plan), timed), shared[1].item() > 0
+
+
+def train(config, rank, world, device, dtype, why, stack):
+    run = set_up(config, rank, world, device, dtype, why, stack)
+    state = run.state
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, lambda received, frame: run.stopping.append(received))
+    run.wire.train()
+    began, window, ticked = time.time() - state.elapsed, [], time.time()
+    progress, stop = clock(run, began)
+    while progress < 1 and not stop:
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr * lr_factor(progress, config.warmup)
+        norm, asked = train_step(run, progress, window)
+        state.step, state.seen, state.finished = state.step + 1, state.seen + asked, False
+        if config.minutes:  # the steps that there is time for, so that the bar's ETA is the run's
+            run.bar.total = max(state.step, round(state.step / max(progress, 1e-9)))
+        run.bar.update()
+        if state.step % config.log_every == 0:
+            log_steps(run, window, norm, time.time() - ticked)
+            window, ticked = [], time.time()
+        due = config.eval_every and state.step % config.eval_every == 0 and state.step < len(run.plan)
+        if due:
+            evaluate(run)
+        if (due or state.step % config.save_every == 0) and not state.skipped_in_a_row:
+            save(run)  # after the evaluation, whose best F1 it holds
+        progress, stop = clock(run, began)
+    return finish(run, stop and progress < 1)
+
+
+def finish(run, stopped):
+    """Save, and evaluate where the run is over. Returns the exit code."""
+    state, out = run.state, run.out
+    if not stopped and not state.finished:
+        save(run)
+        evaluate(run)
+        stopped = bool(run.stopping)
+    if stopped:
+        if not save(run):
+            raise UserError(f"stopped by signal at step {state.step} and not saved; the last checkpoint that is whole is in {out}/ckpt")
+        run.note(f"stopped by signal at step {state.step}, saved; go on with --resume")
+        return 130 if signal.SIGINT in run.stopping else 0
+    if not state.finished:
+        state.finished = state.best_f1 >= 0 or not run.master
+        if not save(run) or not state.finished:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
-    bar.close()
-    unseen = out / "held_out.jsonl" if (out / "held_out.jsonl").exists() else config.eval_data or config.data
-    log(f"done: {state['seen']} questions in {state['elapsed'] / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best --data {unseen}")
+    run.bar.close()
+    unseen = out / "held_out.jsonl"
+    unseen = unseen if unseen.exists() else run.config.eval_data or run.config.data
+    log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best "
+        f"--data {unseen}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,341 @@
+"""
+What is written and read again: checkpoints, and documents as latents.
+
+Shapes: M latents, N cached places (the text before, then the latents), d the LM's width.
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from common import UserError, log, write_atomic
+from data import windows
+from lm import lm_identity, turn
+from model import LatentWire, Latents, WireConfig
+
+FORMAT = 5  # of the checkpoint folder, and of what its weights mean; another is refused
+READS_OLDER = "d78f6d1"  # the last commit that reads format 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Payload: how latents travel
+
+FORMATS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}  # bits per value
+GROUP, SCALE_BITS = 32, 16  # integers share one scale per group
+
+
+def quantise(x, kind):
+    """x (..., d), d a multiple of 32 -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4:
+    round to nearest by absolute maximum per group of 32, int8 codes (two int4 codes to a byte) and float16 scales."""
+    if kind in ("fp32", "fp16"):
+        return x.to(torch.float32 if kind == "fp32" else torch.float16), None
+    largest = 2 ** (FORMATS[kind] - 1) - 1
+    groups = x.float().unflatten(-1, (-1, math.gcd(GROUP, x.shape[-1])))
+    scales = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-7).half()
+    codes = (groups / scales.float()).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
+    if kind == "int4":
+        low, high = (codes.view(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
+        codes = low | (high << 4)
+    return codes, scales.squeeze(-1)
+
+
+def dequantise(values, scales):
+    """What `quantise` made, as float32 (..., d)."""
+    if scales is None:
+        return values.float()
+    if values.dtype == torch.uint8:  # 4-bit two's complement, the low half first
+        values = torch.stack([values & 15, values >> 4], -1).flatten(-2).to(torch.int8)
+        values = torch.where(values > 7, values - 16, values)
+    return (values.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
+
+
+def payload_bytes(values, kind):
+    """Bytes of so many values: for integers, their float16 scales too."""
+    return values * FORMATS[kind] // 8 + (values // GROUP * SCALE_BITS // 8 if kind in ("int8", "int4") else 0)
+
+
+def through(latents, kind):
+    """Latents as they arrive after travelling as `kind`."""
+    if kind == "fp32":
+        return latents
+    arrive = lambda x: dequantise(*quantise(x, kind)).to(x.dtype)
+    keys, values = ([arrive(x) for x in part] if part else None for part in (latents.keys, latents.values))
+    return Latents(latents.held, latents.length, keys, values, arrive(latents.prefix) if keys is None else None, latents.place)
+
+
+def place_values(lm, wire):
+    """How many values one cached place takes: keys and values of every layer, or one vector of the LM's width."""
+    config = lm.config
+    if wire != "kv":
+        return config.hidden_size
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents as latents
+
+@dataclass
+class Document:
+    """A text as latents: Latents of one row, how many of their places are the text before, its title (of the file),
+    and its token ids (T,) where a question needs them to find the latents nearest to it (scope asked)."""
+    latents: Latents
+    before: int
+    title: str
+    ids: object = None
+
+
+def chunks(wire, text, count):
+    """For each chunk of a text (T,) that gets some of its `count` latents: where it begins and ends, where the
+    windows of its latents start, and its own Source."""
+    for begin, end, starts in windows(len(text), count, wire.chunk):
+        if len(starts):
+            yield begin, end, starts, wire.source([text[begin:end]], [len(starts)]).to(wire.tag.device)
+
+
+def encode(wire, text, count):
+    """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk."""
+    return join(wire, [wire.encode(source) for *_, source in chunks(wire, text, count)])
+
+
+def join(wire, parts):
+    """One Latents of several (B = 1 each), one text behind the other: what is before them is kept of the first alone,
+    and keys are turned to their new positions."""
+    if len(parts) == 1:
+        return parts[0]
+    H, at, keys, values = len(wire.layout.before), 0, [], []
+    held = torch.cat([part.held[:, H if number else 0:] for number, part in enumerate(parts)], 1)
+    if wire.config.wire == "embeds":
+        return Latents(held, held.sum(1), prefix=torch.cat([part.prefix for part in parts], 1))
+    for number, part in enumerate(parts):
+        first, N = H if number else 0, part.held.shape[1]
+        keys.append(turn(wire.lm, [k[:, :, first:] for k in part.keys], part.place.new_full((1, N - first), at)))
+        values.append([v[:, :, first:] for v in part.values])
+        at += N - H
+    keys, values = ([torch.cat(layer, 2) for layer in zip(*side)] for side in (keys, values))
+    return Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1)
+
+
+def seen(wire, documents, together, item, M=None):
+    """(the Latents that an item's question sees, for each document the numbers of its latents among them). together:
+    the documents' Latents, joined; in scope asked a question sees the M of each that are nearest to its words, else
+    all."""
+    H = len(wire.layout.before)
+    sees = [wire.sees([replace(item, context=document.ids)], document.latents.held, M) for document in documents]
+    if sees[0] is None:
+        return together, [torch.arange(document.latents.held.shape[1] - H) for document in documents]
+    chosen = together.chosen(torch.cat([sees[0][:, :H], *(row[:, H:] for row in sees)], 1))
+    return chosen, [row[0, H:].nonzero().flatten().cpu() for row in sees]
+
+
+# A document's file is safetensors:
+#                keys, values     (layers, heads, N, d_head) of a kv wire, the text before in front of the latents; or
+#                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
+#                keys_scales ...  and their scales
+#                ids              (T,) int32, the text's tokens, of a wire of scope asked alone: there a question finds
+#                                 its latents by the words that they stand for. No other file holds the text
+# its metadata:  format, kind, how many places are `before`, SHA-256 of the checkpoint's weights, identity of the LM,
+#                title, SHA-256 of the source and of all the rest
+
+DOCUMENT = "latentwire 2"
+
+
+def save_document(path, document, kind, saved, identity, source):
+    """Write a Document. saved: the Checkpoint; source: the text, whose checksum is kept. Raises UserError where the
+    file cannot be written."""
+    latents = document.latents
+    parts = {"prefix": latents.prefix[0]} if latents.keys is None else {
+        "keys": torch.stack([k[0] for k in latents.keys]), "values": torch.stack([v[0] for v in latents.values])}
+    tensors = {"ids": torch.from_numpy(document.ids)} if saved.config.scope == "asked" else {}
+    for name, x in parts.items():
+        codes, scales = quantise(x.cpu(), kind)
+        tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
+    about = {"format": DOCUMENT, "kind": kind, "before": str(document.before), "ckpt_sha256": saved.checksum,
+             "lm": json.dumps(identity), "title": document.title,
+             "source_sha256": hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()}
+    about["sha256"] = _sha256_of(tensors, about)
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata=about)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--save {path}: cannot be written ({error})") from None
+
+
+def _sha256_of(tensors, about):
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode("utf-8"))
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode("utf-8"))
+        digest.update(x.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.float32):
+    """The Document of a file that `save_document` wrote, as dtype on a device. With saved (a Checkpoint) and identity
+    (of the LM), raises UserError for a file that belongs to others, and always for one that is no such file or
+    damaged."""
+    try:
+        with safe_open(path, "pt") as f:
+            about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--load {path}: cannot be read ({printable(str(error))})") from None
+    if about.get("format") != DOCUMENT:
+        raise UserError(f"--load {path} is not a file of latents of this version; write one with --save")
+    if about.pop("sha256", "") != _sha256_of(tensors, about):
+        raise UserError(f"--load {path} is damaged (wrong SHA-256); write it again with --save")
+    theirs, before = json.loads(about["lm"]), int(about["before"])
+    if identity and any(theirs[key] != identity[key] for key in identity if key != "name"):
+        raise UserError(f"--load {path} holds latents for {printable(theirs['name'])}, not for {identity['name']}")
+    if saved and about["ckpt_sha256"] != saved.checksum:
+        raise UserError(f"--load {path} was written with another checkpoint than {saved.folder}; give the --ckpt it "
+                        "was saved with")
+    part = lambda name: dequantise(tensors[name], tensors.get(f"{name}_scales")).to(device, dtype)
+    if "prefix" in tensors:
+        prefix = part("prefix")[None]
+        held = torch.ones(1, before + prefix.shape[1], dtype=torch.bool, device=device)
+        return Document(Latents(held, held.sum(1), prefix=prefix), before, about["title"])
+    keys, values = ([layer[None] for layer in part(name)] for name in ("keys", "values"))
+    held = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=device)
+    ids = tensors["ids"].numpy() if "ids" in tensors else None
+    return Document(Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1), before, about["title"], ids)
+
+
+def printable(text):
+    """Without control characters: neither a document nor an answer may drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+#
+# A folder:  config.json          format version, WireConfig, identity of the LM it belongs to
+# model.safetensors    what was trained, by name; never the LM's own weights. float32, or float16 in ckpt/best, which
+# is read and passed on, not trained further state.json, optimizer.safetensors    where training stood (written and
+# read by train.py) manifest.json        SHA-256 of each of the files above
+#
+# It is written under another name, every file synced to disk, then renamed: a folder with the right name is whole. The
+# one before it steps aside as NAME.old first, so that at any moment one of the two is there, and stays there as a
+# reserve against damage. No file holds code.
+
+@dataclass
+class Checkpoint:
+    folder: Path
+    config: WireConfig
+    identity: dict   # of the LM
+    checksum: str    # of the trained weights
+
+
+def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32):
+    """Write a checkpoint folder whole or not at all. tensors: the optimizer's, by name; state: what goes into
+    state.json; dtype: of the stored weights."""
+    folder = Path(folder)
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        _write_checkpoint(part, wire, tensors, state, dtype)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"{folder} cannot be written ({error})") from None
+    if folder.exists():  # else a write was cut short before, and the one aside is all there is
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(part, folder)
+
+
+def _write_checkpoint(part, wire, tensors, state, dtype):
+    config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
+    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()}, part / "model.safetensors")
+    write_atomic(part / "config.json", json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
+    if state is not None:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")
+        write_atomic(part / "state.json", json.dumps(state))
+    names = sorted(path.name for path in part.iterdir())
+    write_atomic(part / "manifest.json", json.dumps({name: _sha256(part / name) for name in names}, indent=2))
+    for path in [*part.iterdir(), part]:
+        with contextlib.suppress(PermissionError):  # Windows opens no folder
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_checkpoint(folder):
+    """Check a checkpoint folder and read its config. Raises UserError when it is missing, damaged or of another format."""
+    folder = Path(folder)
+    if not folder.exists() and (aside := folder.with_name(folder.name + ".old")).exists():
+        folder = aside  # the writer was stopped between its two renames
+    if not (folder / "manifest.json").exists():
+        raise UserError(f"--ckpt {folder}: no checkpoint there; give a folder with config.json and model.safetensors, such as "
+                        "runs/demo/ckpt/best")
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, checksum in manifest.items():
+            if _sha256(folder / Path(name).name) != checksum:
+                raise UserError(f"--ckpt {folder}: {name} is damaged (wrong SHA-256); use another checkpoint")
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            age, mend = ("newer", "update LatentWire") if saved["format"] > FORMAT else (
+                "older", f"commit {READS_OLDER} reads format 4, or train it again")
+            raise UserError(f"--ckpt {folder}: format {saved['format']} is {age} than this version's {FORMAT}; {mend}")
+        return Checkpoint(folder, WireConfig(**saved["wire"]), saved["lm"], manifest["model.safetensors"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+
+
+def read_last_good(folder):
+    """`read_checkpoint` of a folder, or, with a notice, of the one before it where this one is damaged."""
+    try:
+        return read_checkpoint(folder)
+    except UserError as error:
+        old = folder.with_name(folder.name + ".old")
+        if not old.exists():
+            raise
+        log(f"notice: {error}. Going on from the one before it, {old}")
+        return read_checkpoint(old)
+
+
+def check_lm(saved, lm):
+    """Raise UserError where a Checkpoint was trained for another LM."""
+    mine = lm_identity(lm)
+    for key, value in saved.identity.items():
+        if key != "name" and mine[key] != value:
+            raise UserError(f"--ckpt {saved.folder} was trained for {saved.identity['name']} ({key} {value}), not {lm.name} "
+                            f"({key} {mine[key]}); give --lm {saved.identity['name']}")
+
+
+def load_wire(saved, lm, prompt):
+    """LatentWire of a Checkpoint around lm. Raises UserError for weights that belong to another LM."""
+    check_lm(saved, lm)
+    wire = LatentWire(lm, saved.config, prompt)
+    load_trained(wire, saved.folder)
+    return wire
+
+
+def load_trained(wire, folder):
+    """Copy a checkpoint's weights into the wire. Raises UserError when names or shapes differ."""
+    wanted = wire.kept()
+    try:
+        weights = load_file(Path(folder) / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
+    for name in wanted.keys() | weights.keys():
+        have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))
+        if have != want:
+            raise UserError(f"--ckpt {folder}: {name} has shape {have}, this wire needs {want}; its config differs")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(weights[name])
