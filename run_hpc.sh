@@ -55,8 +55,8 @@ demo)
   out=runs/demo
   echo "== 1/3 train a wire on synthetic passages (at most 6 minutes; Ctrl-C and start again resumes)" >&2
   .venv/bin/python train.py --preset demo --out "$out" --resume "$@"
-  echo "== 2/3 answer 200 questions about people it has never met, through every row" >&2
-  .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 200 --out "$out"
+  echo "== 2/3 answer 100 questions about people it has never met, through every row" >&2
+  .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 100 --out "$out"
   echo "== 3/3 the wire answers questions about a text of yours: here a passage of the kind it was trained on" >&2
   cat > "$out/sample.txt" <<END
 Marta Lindqvist works as a surgeon. In the evenings Pavel Ostrow practises chess. Marta Lindqvist now lives in Oslo. Pavel

@@ -2,9 +2,11 @@
 Tests: `bash run_hpc.sh test`. Tiny random LMs for behaviour, the packaged SmolLM2-135M (marked slow) for what only a
 real model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad is not there.
 """
+import contextlib
 import functools
 import gzip
 import hashlib
+import http.server
 import importlib.util
 import itertools
 import json
@@ -12,16 +14,17 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import pickle
 import pkgutil
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +41,7 @@ from safetensors.torch import load_file, save_file
 
 import ablate
 import ask
+import bench
 import data
 import eval as evaluation
 import lm as lm_module
@@ -46,8 +50,8 @@ import rows
 import store
 import train
 from common import UserError, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, epoch_plan, group_by_context, lay_source, load_data, load_squad,
-                  synthetic, windows)
+from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, group_by_context, lay_source, load_data,
+                  load_squad, synthetic, windows)
 from lm import (LoRALinear, LoRASet, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, lm_identity,
                 load_lm, turn, use_lora)
 from losses import wire_loss
@@ -271,14 +275,6 @@ def test_lm_errors_are_one_line(name, says, tmp_path, monkeypatch):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_identity_tells_lms_apart_in_any_dtype(tiny):
-    lm, half = (load_lm(tiny, dtype, "cpu")[0] for dtype in (torch.float32, torch.bfloat16))
-    assert lm_identity(lm) == lm_identity(half)
-    with torch.no_grad():
-        lm.get_input_embeddings().weight[0, 0] += 1
-    assert lm_identity(lm) != lm_identity(half)
-
-
 ROPE = dict(rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 FAMILIES = [  # an LM's config, its LoRA targets, and what it does otherwise. Texts have 50 to 130 tokens
     ("Llama", "q,k,v,o,gate,up,down", dict(rope_parameters=dict(ROPE, rope_type="llama3"))),
@@ -484,18 +480,29 @@ def test_an_embeds_wire_starts_as_the_words_it_stands_for(tiny):
     assert torch.allclose(wire.logits(batch, wire.encode(batch.source)), text, atol=1e-4)
 
 
+@torch.no_grad()
+def test_latents_stand_right_behind_the_text_before_them(tiny):
+    """Whichever of a text's chunks they come from: each is read as if alone, its keys turned to where they stand."""
+    wire, _, _ = make_wire(tiny, max_prompt_tokens=48)
+    text = np.random.default_rng(0).integers(3, 40_000, 80)
+    whole, second = wire.encode(wire.source([text], [8])), wire.encode(wire.source([text[40:]], [4]))
+    moved = turn(wire.lm, second.keys, torch.full((1, 6), 4))
+    assert all(torch.allclose(k[:, :, 6:], far[:, :, 2:], atol=1e-4) for k, far in zip(whole.keys, moved))
+    assert all(torch.allclose(v[:, :, 6:], w[:, :, 2:], atol=1e-5) for v, w in zip(whole.values, second.values))
+
+
 def test_a_question_sees_the_latents_nearest_to_its_words(tiny):
     wire, prompt, items = make_wire(tiny, scope="asked")
     wire.rarity.fill_(1.0)
     words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
-    item = replace(items[0], context=words, question=np.array([7, words[60], words[61], 9], dtype=np.int32))
+    item = replace(items[0], context=words, question=np.array([7, words[20], words[21], 9], dtype=np.int32))
     held = torch.ones(1, 82, dtype=torch.bool)
     seen = wire.sees([item], held, 33)[0]
-    assert seen[:2].all() and seen.sum() == 35 and seen[[62, 63]].all()
+    assert seen[:2].all() and seen.sum() == 35 and seen[[22, 23]].all()
     near, = kept_tokens("matched", wire.lm, prompt, [item], [33], wire.rarity)
     assert words[seen[2:].numpy()].tolist() == near.tolist()  # what its rival reads
     seen = wire.sees([item], held[:, :22], 5)[0]  # 20 memory tokens, one for four words
-    assert seen.sum() == 7 and seen[2 + 60 // 4] and seen[2:].nonzero().diff(dim=0).max() == 1
+    assert seen.sum() == 7 and seen[2 + 20 // 4] and seen[2:].nonzero().diff(dim=0).max() == 1
     wire.config.max_prompt_tokens = 40
     assert wire.sees([item], held[:, :3], 1).all()  # the first of two chunks has no latent at all
 
@@ -563,13 +570,6 @@ def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
     ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1)])
 def test_squad_scores(prediction, golds, f1, em):
     assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12) and exact_match(prediction, golds) == em
-
-
-def test_intervals_cover_the_mean_and_are_paired():
-    values = np.random.default_rng(1).random(400)
-    low, high = interval(values)
-    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
-    assert ratio_interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
 
 
 def test_names_of_rows():
@@ -646,6 +646,84 @@ def test_raw_embeddings_and_own_keys_answer_as_text_on_the_real_model():
     assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
 
 
+def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [
+        {"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
+    for split, says in (("dev", "wrong SHA-256"), ("train", "cannot download SQuAD")):  # 404
+        with pytest.raises(UserError, match=says):
+            load_squad("squad", split)
+    assert list((tmp_path / "cache").iterdir()) == []
+    digest = hashlib.sha256((tmp_path / "dev-v1.1.json").read_bytes()).hexdigest()
+    monkeypatch.setitem(data.SQUAD_SHA256, "dev", digest)
+    assert len(load_squad("squad", "dev")) == 1 and len([*(tmp_path / "cache").iterdir()]) == 1
+    server.shutdown()
+    server.server_close()
+    assert len(load_squad("squad", "dev")) == 1  # from the cache
+    with pytest.raises(UserError, match="offline, give a local file"):
+        load_squad("squad", "train")
+
+
+@needs_squad
+def test_real_squad_loads_whole():
+    examples = load_squad(SQUAD / "train-v1.1.json.gz")
+    assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
+
+
+def test_many_texts_are_tokenised_once(tmp_path, monkeypatch):
+    prompt, texts = Prompt(smollm()[1], "plain"), [f"text {i} \u202e <|im_end|>" for i in range(30)] + [""]
+    tokenise = lambda texts: [row.tolist() for row in prompt._tokenize_all(texts)]
+    plain = tokenise(texts)
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data, "CACHED_TEXTS", 8)
+    assert [tokenise(texts), tokenise(texts[1:])] == [plain, plain[1:]]
+    for path in (tmp_path / "tokens").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    assert tokenise(texts) == plain  # damaged: made anew
+    monkeypatch.setattr(prompt, "_template", None)  # what tokenising needs
+    assert tokenise(texts) == plain
+
+
+def test_a_continuation_is_what_follows_in_the_text():
+    prompt, item = SimpleNamespace(cue=np.array([7, 8])), SimpleNamespace(context=np.arange(100, 150))
+    for cue, rest in continuations(prompt, item, 30, random.Random(0)):
+        assert cue.tolist() == [7, 8, *range(cue[2], cue[2] + 4)] and len(rest) >= 8
+        assert rest.tolist() == [*range(cue[2] + 4, min(cue[2] + 24, 150))]
+    assert continuations(prompt, SimpleNamespace(context=np.arange(15)), 3, random.Random(0)) == []
+
+
+def test_a_gguf_is_converted_once_or_with_a_warning(tiny, tmp_path, monkeypatch, capsys):
+    calls, (lm, tokenizer), gguf = [], load_lm(tiny, device="cpu"), tmp_path / "x.gguf"
+    gguf.touch()
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: calls.append(1) or lm)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setattr(lm_module, "CACHE", tmp_path)
+    first, second = lm_module._converted(gguf), lm_module._converted(gguf)
+    assert first == second and len(calls) == 1 and [*first.parent.iterdir()] == [first]
+    monkeypatch.setattr(lm_module, "CACHE", gguf)  # a file: no folder can be made there
+    assert (lm_module._converted(gguf) / "model.safetensors").exists()
+    assert "so this is done again next time" in capsys.readouterr().err
+
+
+def test_identity_tells_lms_apart_in_any_dtype(tiny):
+    lm, half = (load_lm(tiny, dtype, "cpu")[0] for dtype in (torch.float32, torch.bfloat16))
+    assert lm_identity(lm) == lm_identity(half)
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[0, 0] += 1
+    assert lm_identity(lm) != lm_identity(half)
+
+
+def test_intervals_cover_the_mean_and_are_paired():
+    values = np.random.default_rng(1).random(400)
+    low, high = interval(values)
+    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
+    assert ratio_interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
+
+
 # ------------------------------------------------------------------------------------------------
 # Scripts
 
@@ -654,32 +732,46 @@ def chunky_wire(folder, **changes):
     return make_wire(folder, **dict(max_prompt_tokens=120) | changes)
 
 
-PRESERVED = [folder for folder in sorted(HERE.glob("preserved_data/*/ckpt")) if (folder / "manifest.json").exists()]
+PRESERVED = [path.parent for path in sorted(HERE.glob("preserved_data/*/ckpt/manifest.json"))]
+
+
+def run(*command, code=0, **options):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
+                         **{"stdin": subprocess.DEVNULL, **options})
+    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
+    return out
+
+
+def run(*command, code=0, **options):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
+                         **{"stdin": subprocess.DEVNULL, **options})
+    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
+    return out
 
 
 # ------------------------------------------------------------------------------------------------
 # Running the scripts
 #
-# A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them,
-# and `before` puts into such a fork what is to happen to it, at a point that it reaches whatever the machine's speed.
+# A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them, and
+# `before` puts into a fork what is to happen to it, at a point that it reaches whatever the machine's speed.
 
 FLAGS = ["--prompt", "plain", "--data", "synthetic", "--samples", "140", "--batch", "8", "--micro_batch", "4", "--pack", "2",
          "--latents", "8", "--encoder_rank", "4", "--lora_rank", "4", "--lr", "1e-2", "--epochs", "1", "--ramp", "0.5",
          "--eval_samples", "6", "--eval_every", "0", "--log_every", "1", "--device", "cpu"]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
-PATIENCE = 600  # seconds that no process takes, however slow the machine
+ALONE = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
+KILL, TERM = "kill -KILL $PPID", "kill -TERM $PPID"
 
 
 @functools.cache
 def forks():
     """The multiprocessing context whose processes are forks of one that has imported everything."""
-    context, kept = multiprocessing.get_context("forkserver"), {key: os.environ.get(key) for key in ONE_THREAD}
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.hf_argparser", "transformers.models.llama.modeling_llama",
                                     "torch.distributed.fsdp", __name__])
-    os.environ.update(ONE_THREAD)
-    multiprocessing.forkserver.ensure_running()
-    for key, value in kept.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ALONE.items():
+            patch.setenv(key, value)
+        multiprocessing.forkserver.ensure_running()
     return context
 
 
@@ -688,100 +780,74 @@ def inside(script, flags, said, env, hooks):
     os.environ.update(env)
     os.chdir(HERE)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv, module = [f"{script}.py", *flags], evaluation if script == "eval" else train
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [f"{script}.py", *flags]
     if script == "eval":
-        module.args = module.parse_args()
+        evaluation.args = evaluation.parse_args()
     for hook in hooks:
         hook()
-    run_main(module.main)
+    run_main({"eval": evaluation, "train": train}[script].main)
 
 
 def launch(script, *flags, code=0, hooks=(), world=1):
     """Run a script in `world` forks to its end and return what the first one wrote, (stdout, stderr). code: the exit
     status that it must have, or a list of them, None for a process that hangs and is killed once the others are over."""
-    codes, started = code if isinstance(code, list) else [code] * world, []
+    codes, processes = code if isinstance(code, list) else [code] * world, []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
     with tempfile.TemporaryDirectory() as said:
         for rank in map(str, range(world)):
-            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            started.append(forks().Process(target=inside, daemon=True, args=(
-                script, list(map(str, flags)), f"{said}/{rank}", env if world > 1 else {}, hooks)))
-            started[-1].start()
-        for process, wanted in sorted(zip(started, codes), key=lambda pair: pair[1] is None):
-            process.join(0 if wanted is None else PATIENCE)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-        out, *errors = (Path(f"{said}/{name}").read_text() for name in ["0.out", *(f"{rank}.err" for rank in range(world))])
-    for process, wanted, error in zip(started, codes, errors):
-        assert wanted is None or process.exitcode == wanted, (process.exitcode, error[-3000:])
-        assert "Traceback" not in error, error[-3000:]
+            env = dict(address, RANK=rank, LOCAL_RANK=rank) if world > 1 else {}
+            given = script, list(map(str, flags)), f"{said}/{rank}", env, hooks
+            processes.append(forks().Process(target=inside, args=given, daemon=True))
+            processes[-1].start()
+        for process, wanted in zip(processes, codes):  # 10 minutes are more than any of them takes on any machine
+            process.join(0 if wanted is None else 600)
+            process.kill()
+            process.join()
+        out, *errors = (Path(said, name).read_text() for name in ["0.out", *(f"{rank}.err" for rank in range(world))])
+    for process, wanted, error in zip(processes, codes, errors):
+        assert wanted in (None, process.exitcode) and "Traceback" not in error, (process.exitcode, error[-3000:])
     return out, errors[0]
 
 
 def before(name, call, act, rank=None):
-    """Have "module.function" do something before its call-th call: send its process a signal, run a shell command, or
+    """Have "module.function" do something before its call-th call: run a shell command, whose parent is the process, or
     call act with what it was given. rank: in that process alone."""
     owner, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
     real, calls = getattr(owner, attribute), itertools.count(1)
 
     def wrapped(*given, **named):
         if next(calls) == call and rank in (None, int(os.environ.get("RANK", 0))):
-            if isinstance(act, int):
-                os.kill(os.getpid(), act)
-            elif isinstance(act, str):
-                subprocess.run(act, shell=True)
-            else:
-                act(*given)
+            subprocess.run(act, shell=True) if isinstance(act, str) else act(*given)
         return real(*given, **named)
     setattr(owner, attribute, wrapped)
 
 
-def scale_loss(factors, rank=None):
-    """Multiply the losses of some micro-batches, {number: factor}. rank: in that process alone."""
-    real, calls = LatentWire.forward, itertools.count(1)
-
-    def forward(self, *given):
-        total, parts, seen = real(self, *given)
-        factor = factors.get(next(calls), 1.0)
-        return total * (factor if rank in (None, int(os.environ.get("RANK", 0))) else 1.0), parts, seen
-    LatentWire.forward = forward
+def poison(logits, *more):
+    """What makes a loss NaN, before it is computed."""
+    logits.data.fill_(math.nan)
 
 
 def note_weights(path, run, stopped):
-    """Write down what a process has trained, and how many bytes of the layers' frozen weights it holds."""
-    local = lambda p: getattr(p, "to_local", lambda: p)()
-    held = sum(local(p).numel() * p.element_size() for p in run.lm.model.layers.parameters() if not p.requires_grad)
-    sums = [p.double().sum().item() for p in run.wire.trainable().values()]
-    Path(f"{path}{run.rank}").write_text(json.dumps({"held": held, "sums": sums}))
+    """Write down what a process has trained, and how many of the layers' frozen weights it holds."""
+    held = sum(getattr(p, "to_local", lambda: p)().numel() for p in run.lm.model.layers.parameters() if not p.requires_grad)
+    Path(f"{path}{run.rank}").write_text(json.dumps([held, [p.double().sum().item() for p in run.wire.trainable().values()]]))
 
 
-def run(*command, code=0, **options):
-    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=PATIENCE,
-                         env={**os.environ, **ONE_THREAD}, **{"stdin": subprocess.DEVNULL, **options})
-    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
-    return out
-
-
-def weights_of(folder):
-    return load_file(Path(folder) / "ckpt" / "last" / "model.safetensors")
-
-
-def equal(a, b, atol=0.0):
+def equal(*folders, atol=0.0):
     """Whether two runs have trained the same weights."""
-    a, b = weights_of(a), weights_of(b)
+    a, b = (load_file(folder / "ckpt" / "last" / "model.safetensors") for folder in folders)
     return a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=atol) for name in a)
 
 
 def state_of(folder):
-    return json.loads((read_last_good(Path(folder) / "ckpt" / "last").folder / "state.json").read_text())
+    return json.loads((read_last_good(folder / "ckpt" / "last").folder / "state.json").read_text())
 
 
 def diagnostics_of(folder):
-    return read_lines(Path(folder) / "logs" / "train_diagnostics.jsonl")
+    return read_lines(folder / "logs" / "train_diagnostics.jsonl")
 
 
 def steps_of(folder):
@@ -791,19 +857,17 @@ def steps_of(folder):
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out)
+    run("train.py", "--lm", tiny, *FLAGS, "--out", out, env={**os.environ, **ALONE})
     return out
 
 
 @pytest.fixture
 def disk(tmp_path):
     """A folder with a file system of its own, 8 MB large."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root: run the tests as root")
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("no tmpfs can be mounted: run the tests where root may mount one (a container needs CAP_SYS_ADMIN)")
+        pytest.skip("no tmpfs can be mounted: run the tests as root, in a container with CAP_SYS_ADMIN")
     yield folder
     subprocess.run(["umount", "-l", folder])
 
@@ -812,40 +876,31 @@ def disk(tmp_path):
 # store.py: checkpoints
 
 @pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(scope="asked"), dict(wire="tokens")], ids=str)
-def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, changes):
+def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes):
     wire, prompt, items = chunky_wire(tiny, **changes)
     wire.count_words([item.context for item in items], [item.question for item in items])
-    assert wire.rarity.unique().numel() > 5
-    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
-    for name, dtype in (("ck", torch.float32), ("half", torch.float16)):
-        save_checkpoint(tmp_path / name, wire, dtype=dtype)
-        again = load_wire(read_checkpoint(tmp_path / name), load_lm(tiny, device="cpu")[0], prompt).kept()
-        assert again.keys() == wire.kept().keys()
+    for dtype in (torch.float32, torch.float16):
+        save_checkpoint(tmp_path / "ck", wire, dtype=dtype)
+        saved, other = read_checkpoint(tmp_path / "ck"), load_lm(tiny, device="cpu")[0]
+        again = load_wire(saved, other, prompt).kept()
+        assert saved.config == wire.config and again.keys() == wire.kept().keys()
         assert all(torch.equal(p.to(dtype).float(), again[key]) for key, p in wire.kept().items())
-    assert size("ck") < 4 * 1.1 * sum(p.numel() for p in wire.kept().values()) + 1e5 and size("half") < 0.6 * size("ck")
-    saved, other = read_checkpoint(tmp_path / "ck"), load_lm(tiny, device="cpu")[0]
-    assert saved.config == wire.config
+        assert (tmp_path / "ck" / "model.safetensors").stat().st_size < 1e5 + 1.1 * sum(
+            p.numel() * dtype.itemsize for p in again.values())  # the LM is not in it
     with torch.no_grad():
         other.get_input_embeddings().weight.mul_(2)
     with pytest.raises(UserError, match="was trained for"):
         load_wire(saved, other, prompt)
     with pytest.raises(UserError, match="its config differs"):
         load_trained(chunky_wire(tiny, **changes, lora_rank=8)[0], saved.folder)
-    with pytest.raises(UserError, match="no checkpoint there"):
-        read_checkpoint(tmp_path / "none")
+    for number, says in ((99, f"format 5 is older .*commit {store.READS_OLDER} reads format 4, or train it again"),
+                         (4, "format 5 is newer than this version's 4; update")):
+        monkeypatch.setattr(store, "FORMAT", number)
+        with pytest.raises(UserError, match=says):
+            read_checkpoint(saved.folder)
 
 
-@pytest.mark.parametrize("number, mend", [(1, f"older than this version's .*commit {store.READS_OLDER} reads format 4.*"
-                                              "train it again"), (99, "newer than this version's .*update")])
-def test_another_format_is_refused(tiny, tmp_path, monkeypatch, number, mend):
-    monkeypatch.setattr(store, "FORMAT", number)
-    save_checkpoint(tmp_path / "ckpt", chunky_wire(tiny)[0])
-    monkeypatch.undo()
-    with pytest.raises(UserError, match=mend):
-        read_checkpoint(tmp_path / "ckpt")
-
-
-def test_any_damage_is_noticed(tiny, tmp_path):
+def test_any_damage_is_noticed(tiny, tmp_path, capsys):
     """100 random damages to a checkpoint's files: one line or the right weights, never wrong ones or a traceback."""
     wire, _, _ = chunky_wire(tiny)
     right = {name: p.detach().clone() for name, p in wire.kept().items()}
@@ -855,13 +910,12 @@ def test_any_damage_is_noticed(tiny, tmp_path):
     for victim, kind in itertools.product(files, ["flip", "cut", "empty", "missing", "junk"] * 4):
         shutil.copytree(tmp_path / "good", folder)
         blob = bytearray((folder / victim).read_bytes())
+        (folder / victim).unlink()
         if kind == "flip":
             blob[rng.randrange(len(blob))] ^= 1 << rng.randrange(8)
-        blob = {"flip": blob, "cut": blob[:rng.randrange(len(blob))], "empty": b"", "missing": b"",
-                "junk": rng.randbytes(rng.randrange(1, 400))}[kind]
-        (folder / victim).write_bytes(blob)
-        if kind == "missing":
-            (folder / victim).unlink()
+        if kind != "missing":
+            (folder / victim).write_bytes({"flip": blob, "cut": blob[:rng.randrange(len(blob))], "empty": b""}.get(
+                kind, rng.randbytes(rng.randrange(1, 400))))
         try:
             load_trained(wire, read_checkpoint(folder).folder)
         except UserError as error:
@@ -870,33 +924,19 @@ def test_any_damage_is_noticed(tiny, tmp_path):
         assert all(torch.equal(right[name], p) for name, p in wire.kept().items()), (victim, kind)
         shutil.rmtree(folder)
     assert refused >= 96  # a flipped bit may leave the manifest's spacing another but valid one
-
-
-def test_damaged_last_checkpoint_falls_back(tiny, tmp_path, capsys):
-    wire, _, _ = chunky_wire(tiny)
-    for step in (1, 2):
-        save_checkpoint(tmp_path / "last", wire, {"x": torch.zeros(1)}, {"step": step})
-    assert read_last_good(tmp_path / "last").folder == tmp_path / "last"
-    (tmp_path / "last" / "model.safetensors").write_bytes(b"")
-    saved = read_last_good(tmp_path / "last")
+    save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 2})
+    (tmp_path / "good" / "state.json").unlink()  # and the one before it is still there
+    saved = read_last_good(tmp_path / "good")
     assert json.loads((saved.folder / "state.json").read_text())["step"] == 1 and "is damaged" in capsys.readouterr().err
-    (tmp_path / "last.old" / "state.json").unlink()
+    (saved.folder / "state.json").unlink()
     with pytest.raises(UserError, match="damaged"):
-        read_last_good(tmp_path / "last")
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
+        read_last_good(tmp_path / "good")
 
 
 def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
     wire, _, _ = chunky_wire(tiny)
     save_checkpoint(tmp_path / "ck", wire)
-    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
+    bomb = f"cos\nmkdir\n(V{tmp_path}/exploded\ntR.".encode()  # a pickle
     (tmp_path / "ck" / "model.safetensors").write_bytes(bomb)
     manifest = json.loads((tmp_path / "ck" / "manifest.json").read_text())
     manifest["model.safetensors"] = hashlib.sha256(bomb).hexdigest()  # its author is the attacker: the checksums fit
@@ -905,44 +945,34 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
         load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
     assert not (tmp_path / "exploded").exists()
     scripts = [path for path in HERE.glob("*.py") if not path.name.startswith("test_")]
-    assert len(scripts) >= 10
     for script in scripts:
-        text = script.read_text()
-        assert not any(call in text for call in ("torch.load(", "pickle", "trust_remote_code", "eval(open")), script
+        assert not any(call in script.read_text() for call in ("torch.load(", "pickle", "trust_remote_code")), script
+    assert len(scripts) >= 10
 
 
 @pytest.mark.skipif(not PRESERVED, reason="no preserved run in this checkout: check preserved_data out")
-def test_preserved_runs_are_read_or_name_the_commit_that_reads_them():
-    for folder in PRESERVED:
-        if (theirs := json.loads((folder / "config.json").read_text())["format"]) == store.FORMAT:
-            assert read_checkpoint(folder).checksum == json.loads((folder.parent / "eval/metrics.json").read_text())["ckpt_sha256"]
-        else:
-            with pytest.raises(UserError, match=f"format {theirs} is older .*commit {store.READS_OLDER} reads format 4"):
-                read_checkpoint(folder)
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= 25 * 2**20
-
-
-@pytest.mark.slow
-def test_preserved_runs_are_reproduced():
-    """40 questions of real SQuAD through each preserved checkpoint: the F1 that it was preserved with."""
-    current = [folder for folder in PRESERVED if json.loads((folder / "config.json").read_text())["format"] == store.FORMAT]
-    if not current:
-        pytest.skip(f"no checkpoint of format {store.FORMAT} in preserved_data: python report.py RUN --preserve preserved_data")
-    for folder in current:
-        metrics = json.loads((folder.parent / "eval" / "metrics.json").read_text())
-        if not (data := SQUAD / metrics["dataset"]).exists():
-            pytest.skip(f"../shared/squad/{data.name} is not there: put the data set of {folder.parent.name} there")
-        saved, records = read_checkpoint(folder), read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
-        try:
-            lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu", saved.config.wire != "tokens")
-        except UserError as error:
-            pytest.skip(str(error))
-        prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
-        wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
-        items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
-        assert [item.example.id for item in items] == [record["id"] for record in records]
-        told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
-        assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=1e-3)
+@pytest.mark.parametrize("folder", PRESERVED, ids=lambda folder: folder.parent.name)
+def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
+    """40 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
+    if (theirs := json.loads((folder / "config.json").read_text())["format"]) < store.FORMAT:
+        with pytest.raises(UserError, match=f"format {theirs} is older .*commit {store.READS_OLDER} reads format 4"):
+            read_checkpoint(folder)
+        pytest.skip(f"a record of format {theirs}; of a run of today: python report.py RUN --preserve preserved_data")
+    metrics, saved = json.loads((folder.parent / "eval" / "metrics.json").read_text()), read_checkpoint(folder)
+    assert saved.checksum == metrics["ckpt_sha256"] and sum(file.stat().st_size for file in folder.iterdir()) <= 25 * 2**20
+    if not (data := SQUAD / metrics["dataset"]).exists():
+        pytest.skip(f"../shared/squad/{data.name} is not there: put it there")
+    try:
+        lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
+    wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
+    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
+    items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
+    assert [item.example.id for item in items] == [record["id"] for record in records]
+    told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
+    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -952,25 +982,19 @@ def test_preserved_runs_are_reproduced():
 def test_presets(name):
     config = parse_config(["--preset", name])
     check_config(config)
-    assert all(getattr(config, key) == value for key, value in train.PRESETS[name].items()) and train.micro_size(config, 1) >= 1
-    assert parse_config([f"--preset={name}", "--batch", "32", "--continue", "2"]) == Config(
-        **{**vars(config), "batch": 32, "continuations": 2})  # a flag beats the preset
-    more = {flags: parse_config(["--preset", name, *flags.split()]).continuations for flags in (
-        "--wire kv", "--wire embeds", "--scope asked", "--scope asked --ratio 2", "--wire tokens")}
-    assert list(more.values()) == [3, 3, 0, 3, 0]  # where memory tokens hold the text
-
-
-def plain_items(count, per_context):
-    """Items of which nothing but their context and its length is looked at."""
-    return [Item(Example(str(i), f"context {i // per_context}", "?", ("a",)), np.zeros(10 + i // per_context % 7), None, None)
-            for i in range(count)]
+    assert train.PRESETS[name].items() <= vars(config).items() and train.micro_size(config, 1) >= 1
+    assert parse_config([f"--preset={name}", "--batch", "32"]) == Config(**{**vars(config), "batch": 32})  # a flag beats it
+    for flags, count in (("--wire kv", 3), ("--wire embeds", 3), ("--scope asked", 0), ("--scope asked --ratio 2", 3),
+                         ("--wire tokens", 0), ("--wire tokens --continue 2", 2)):
+        assert parse_config(["--preset", name, *flags.split()]).continuations == count  # where memory tokens hold the text
 
 
 @pytest.mark.parametrize("changes, per_row, sizes", [
     (dict(), 2, {4, 8}), (dict(scope="asked", ratio=2.0), 2, {4, 8}), (dict(ratio=2.0), 2, {None}), (dict(scope="prompt"), 1, {4, 8}),
     (dict(wire="tokens", keep="matched"), 1, {4, 8}), (dict(wire="tokens", keep="selective"), 2, {4, 8})], ids=str)
 def test_a_step_depends_on_its_number_alone(changes, per_row, sizes):
-    items, config = plain_items(64, 4), Config(**{**dict(batch=8, epochs=3, pack=2, latents="4,8"), **changes})
+    items = [Item(Example(str(i), f"context {i // 4}", "?", ("a",)), np.zeros(10 + i // 4 % 7), None, None) for i in range(64)]
+    config = Config(**{**dict(batch=8, epochs=3, pack=2, latents="4,8"), **changes})
     plain = lambda step: [(given, M, rng.random()) for given, M, rng in step]
     plan, other = Plan(config, items, 4), Plan(config, items, 4)
     steps = [plain(plan[n]) for n in range(len(plan))]
@@ -981,382 +1005,309 @@ def test_a_step_depends_on_its_number_alone(changes, per_row, sizes):
         assert sorted(sum(given, [])) == list(range(64)) and {len(row) for row in given} == {per_row}
         assert all(len({number // 4 for number in row}) == 1 for row in given)
     assert {M for step in steps for _, M, _ in step} == sizes and steps[:8] != steps[8:16]
-    assert Plan(Config(**{**vars(config), "seed": 1}), items, 4)[0][0][0] != steps[0][0][0]
+    assert plain(Plan(Config(**{**vars(config), "seed": 1}), items, 4)[0]) != steps[0]
 
 
-def test_whole_articles_are_held_out():
-    items = [Item(Example(str(i), f"context {i // 3}", "?", ("a",), f"article {i // 30}" if titled else ""), None, None, None)
-             for titled in (True, False) for i in range(1200)]
-    train_items, held, what = hold_out(items[:1200], 25)
+def test_whole_articles_are_held_out_and_kept_for_the_evaluation(tiny, tmp_path):
+    titled, untitled = ([Item(Example(str(i), f"context {i // 3}", "?", ("a",), f"article {i // 30}" * known), None, None, None)
+                         for i in range(1200)] for known in (True, False))
+    given, held, what = hold_out(titled, 25)
     titles = lambda found: {item.example.title for item in found}
     assert what == "the last 2 articles" and titles(held) == {"article 39", "article 38"}
-    assert len(train_items) + len(held) == 1200 and not titles(train_items) & titles(held)
-    assert hold_out(items[1200:], 25)[2] == "the last 18 contexts" and hold_out(items[:1200], 100)[2] == "the last 4 articles"
-    assert hold_out(items[:180], 200)[2] == "the last 1 articles"  # never more than a fifth
-    assert hold_out(items[:30], 100)[0] == items[:30]  # one article: nothing to hold out
-
-
-def test_held_out_questions_are_kept_for_the_evaluation(tiny, tmp_path):
-    own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps({"context": f"Text {i // 2}.", "question": f"Which {i}?", "answers": [str(i), "it"],
-                                       "id": str(i)}) + "\n" for i in range(60)))
-    config = Config(data=str(own), out=str(tmp_path / "run"), samples=99, eval_samples=4)
+    assert len(given) + len(held) == 1200 and not titles(given) & titles(held)
+    assert hold_out(untitled, 25)[2] == "the last 18 contexts" and hold_out(titled, 100)[2] == "the last 4 articles"
+    assert hold_out(titled[:180], 200)[2] == "the last 1 articles"  # never more than a fifth
+    assert hold_out(titled[:30], 100)[0] == titled[:30]  # one article: nothing to hold out
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(
+        {"context": f"Text {i // 2}.", "question": f"Which {i}?", "answers": [str(i)], "id": str(i)}) + "\n" for i in range(60)))
+    config = Config(data=str(tmp_path / "own.jsonl"), out=str(tmp_path / "run"), samples=99, eval_samples=4)
     given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
-    held, given = load_data(str(tmp_path / "run" / "held_out.jsonl")), {item.example for item in given}
-    assert {item.example for item in dev} <= set(held) and not given & set(held)
-    assert given | set(held) == set(load_data(str(own)))
+    held, given = set(load_data(str(tmp_path / "run" / "held_out.jsonl"))), {item.example for item in given}
+    assert {item.example for item in dev} <= held and not given & held and given | held == set(load_data(config.data))
 
 
-@pytest.mark.parametrize("shard, passes", [(False, [2, 4, 4]), (True, [3, 6, 9])])  # a sharded LM's processes must all call it
+@pytest.mark.parametrize("shard, passes", [(False, [2, 4, 4]), (True, [3, 6, 9])])  # with shard, all processes must call it
 def test_selective_reads_each_text_once(tiny, monkeypatch, shard, passes):
     wire, _, items = chunky_wire(tiny, wire="tokens", keep="selective")
-    run, read, real = SimpleNamespace(config=Config(keep="selective", shard=shard), wire=wire, lm=wire.lm, kept={}), [], rows.most_surprising
-    monkeypatch.setattr(rows, "most_surprising", lambda lm, prompt, texts, counts: read.extend(texts) or real(lm, prompt, texts, counts))
+    run = SimpleNamespace(config=Config(keep="selective", shard=shard), wire=wire, lm=wire.lm, kept={})
+    read, real = [], rows.most_surprising
+    monkeypatch.setattr(rows, "most_surprising", lambda *given: read.extend(given[2]) or real(*given))
     for M, count in zip((4, 8, 4), passes):
         kept = train.kept_of(run, [items[0], items[0], items[-1]], M)
         assert len(read) == count and [len(text) for text in kept] == [M] * 3 and kept[0].tolist() == kept[1].tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command, says", [
     ("train --sample 8", "--sample is not a flag of train.py; did you mean --samples?"),
     ("train --preset magic", "--preset magic is unknown; there are default, smoke, demo, squad"),
     ("train --samples x", "--samples: invalid int value: 'x'"),
-    ("train --samples 0", "--samples 0 must be at least 1"),
     ("train --minutes -1", "--minutes -1.0 must not be negative"),
-    ("train --lr 0", "--lr 0.0 must be above 0"),
     ("train --continue -1", "--continue -1 must not be negative"),
     ("train --tf 0 --first 0", "every loss weight is 0"),
     ("train --batch 10 --micro_batch 4", "does not split"),
     ("train --wire magic", "--wire magic is unknown; there are kv, embeds, tokens"),
     ("train --wire tokens --keep magic", "--keep magic is unknown; there are truncated, selective, matched, all"),
-    ("train --wire tokens --lora_rank 0", "leaves nothing to train"),
-    ("train --scope x", "--scope x is unknown"),
     ("train --scope asked --wire embeds", "give --wire kv with it"),
-    ("train --scope prompt --wire tokens", "give --scope context"),
-    ("train --latents 8,x", "--latents 8,x must be whole numbers"),
-    ("train --ratio 0.5", "--ratio 0.5 must be at least 1"),
-    ("train --lora_rank -1", "--lora_rank -1 must not be negative"),
-    ("train --lora_targets q,x", "there are down,gate,k,o,q,up,v"),
-    ("train --data nowhere.json", "nowhere.json: no such file"),
-    ("train --shard", "--shard needs several processes"),
     ("eval --latent 8", "--latent is not a flag of eval.py; did you mean --latents?"),
     ("eval --mode magic", "--mode magic is unknown; there are text, raw"),
     ("eval --mode latent", "python train.py --preset demo"),
-    ("eval --mode text --data nowhere.json", "nowhere.json: no such file"),
     ("eval --mode text --ckpt nowhere", "no checkpoint there"),
-    ("eval --mode text --samples 0", "--samples 0 must be at least 1"),
     ("eval --mode adapter --ckpt TRAINED", "--mode adapter needs another wire than this one of --wire kv"),
     ("eval --mode text --ckpt TRAINED --shard", "--shard needs several processes"),
 ])
-def test_mistakes_are_one_line(tiny, tmp_path, request, command, says):
-    script, *flags = command.split()
-    if "TRAINED" in flags:
-        flags[flags.index("TRAINED")] = request.getfixturevalue("trained") / "ckpt" / "best"
-    given = ["--preset", "demo"] * (script == "train" and "--preset" not in flags)
-    _, error = launch(script, *given, "--lm", tiny, *flags, "--out", tmp_path / "x", code=2)
+def test_mistakes_are_one_line(tiny, trained, tmp_path, command, says):
+    script, *flags = command.replace("TRAINED", f"{trained}/ckpt/best").split()
+    flags += ["--preset", "demo"] * (script == "train" and "--preset" not in flags)
+    _, error = launch(script, "--lm", tiny, *flags, "--out", tmp_path / "x", code=2)
     lines = error.strip().splitlines()
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:] and says in lines[-1]
-    assert not [line for line in lines if line.startswith("usage")]
+    assert [line for line in lines if "error: " in line] == lines[-1:] and lines[-1].startswith("error: ") and says in lines[-1]
+    assert "usage" not in error
 
 
 # ------------------------------------------------------------------------------------------------
 # train.py: runs
 
-@pytest.mark.slow
 def test_training_learns_and_logs(trained):
     records = diagnostics_of(trained)
     assert steps_of(trained) == list(range(1, len(records) + 1)) and len(records) >= 15
     tf = [record["models"]["tiny"]["tf"] for record in records]
-    assert np.mean(tf[-4:]) < tf[0] - 1
+    assert np.mean(tf[-4:]) < tf[0] - 1 and records[0]["latent_rms"] > 0
     preserved = {"epoch", "global_step", "epoch_step", "mode", "K", "first_weight", "grad_norm", "sec_per_step", "models"}
-    assert preserved <= records[0].keys() and records[0]["latent_rms"] > 0
+    assert preserved <= records[0].keys()
     assert {"tf", "first", "kce", "kd", "more", "first_acc", "first_acc_top5", "first_token_logit_stats",
             "prediction_histogram"} <= records[0]["models"]["tiny"].keys()
-    assert json.loads((trained / "config.json").read_text())["samples"] == 140
     history, = read_lines(trained / "eval" / "metrics_history.jsonl")
     assert history["row"] == "latent" and history["n"] == 6 and history["global_step"] == len(records)
     assert read_checkpoint(trained / "ckpt" / "best").config.latents == "8" and state_of(trained)["finished"]
+    assert json.loads((trained / "config.json").read_text())["samples"] == 140
 
 
-@pytest.mark.slow
-def test_killed_anywhere_ends_the_same(tiny, trained, tmp_path):
+def test_interrupted_anywhere_ends_the_same(tiny, trained, tmp_path):
     """Resumed equals uninterrupted bit by bit, and every step is logged once."""
-    out = tmp_path / "run"
-    again = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--out", out, "--resume"]
-    half = f"printf '{{\"global_step\": 6, \"half' >> {out}/logs/train_diagnostics.jsonl; kill -KILL $PPID"
-    last = len(diagnostics_of(trained))
-    for point, call, act, resumes in [
-            ("store.write_atomic", 1, signal.SIGKILL, None),  # among the files of the first checkpoint
-            ("os.rename", 1, signal.SIGKILL, None),           # before it gets its name
-            ("os.rename", 3, signal.SIGKILL, None),           # between the two renames of the one of step 4
-            ("train.log_steps", 3, signal.SIGKILL, 2),        # between an optimizer step and its log
-            ("train.log_steps", 2, half, 4),                  # in the middle of a line of it
-            ("train.write_atomic", 2, signal.SIGKILL, 4),     # among the files with which a run begins
-            ("train.evaluate", 1, signal.SIGKILL, 4),         # between the last step and the dev slice
-            ("store.write_atomic", 5, signal.SIGKILL, last),  # among the files of ckpt/best
-            ]:
-        _, said = launch(*again, hooks=[partial(before, point, call, act)], code=-9)
-        assert ("resuming" in said) == bool(resumes) and (not resumes or f"at step {resumes} of" in said), point
-    launch(*again)
-    assert equal(out, trained) and steps_of(out) == steps_of(trained)
-    assert read_checkpoint(out / "ckpt" / "best").checksum == read_checkpoint(trained / "ckpt" / "best").checksum
-    assert len(read_lines(out / "eval" / "metrics_history.jsonl")) == 1
-    files = {path: path.read_bytes() for path in (out / "logs").iterdir() if path.suffix == ".jsonl"}
-    launch(*again)  # finished: nothing more to do
-    assert files == {path: path.read_bytes() for path in files} and equal(out, trained)
-
-
-@pytest.mark.slow
-def test_a_signal_saves_and_ends_cleanly(tiny, trained, tmp_path):
     out, last = tmp_path / "run", len(diagnostics_of(trained))
-    flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "1000", "--eval_every", "4", "--out", out, "--resume"]
-    for point, call, number, step in [
-            ("train.log_steps", 2, signal.SIGTERM, 2), ("train.log_steps", 1, signal.SIGINT, 3),
-            ("train._Watch.update", 1, signal.SIGTERM, 4),                      # while the dev slice is being answered,
-            ("train._Watch.update", (last - 1) // 4, signal.SIGUSR1, last)]:    # and the last time that it is
-        _, said = launch(*flags, hooks=[partial(before, point, call, number)], code=130 if number == signal.SIGINT else 0)
-        assert f"stopped by signal at step {step}, saved; go on with --resume" in said
-        assert state_of(out)["step"] == step == steps_of(out)[-1] and not state_of(out)["finished"]
-    launch(*flags)
+    again = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--eval_every", "4", "--out", out, "--resume"]
+    half = f"printf '{{\"global_step\": 6, \"half' >> {out}/logs/train_diagnostics.jsonl; {KILL}"
+    saved = "stopped by signal at step {}, saved; go on with --resume"
+    for point, call, act, code, says in [
+            ("store.write_atomic", 1, KILL, -9, "0 of"),          # among the files of the first checkpoint
+            ("os.rename", 1, KILL, -9, ""),                       # before it gets its name
+            ("os.rename", 4, KILL, -9, ""),                       # between the two renames of the one of step 4
+            ("train.log_steps", 3, KILL, -9, "at step 2 of"),     # between an optimizer step and its log
+            ("train.log_steps", 2, half, -9, "at step 4 of"),     # in the middle of a line of it
+            ("train.write_atomic", 2, KILL, -9, "at step 4 of"),  # among the files with which a run begins
+            ("train.log_steps", 1, TERM, 0, saved.format(5)), ("train.log_steps", 2, "kill -INT $PPID", 130, saved.format(7)),
+            ("train._Watch.update", 1, TERM, 0, saved.format(8)),  # while the dev slice is being answered,
+            ("train._Watch.update", (last - 1) // 4 - 1, "kill -USR1 $PPID", 0, saved.format(last)),  # also the last time
+            ("train.evaluate", 1, KILL, -9, f"at step {last} of"),
+            ("train.evaluate", 2, KILL, 0, f"at step {last} of")]:  # there is no second one: to the end
+        _, said = launch(*again, hooks=[partial(before, point, call, act)], code=code)
+        assert says in said, (point, said)
+        assert code or "saved" not in says or state_of(out)["step"] == steps_of(out)[-1]
     assert equal(out, trained) and steps_of(out) == steps_of(trained) and state_of(out)["finished"]
-    history = [record["global_step"] for record in read_lines(out / "eval" / "metrics_history.jsonl")]
-    assert history == [*range(8, last, 4), last]
+    files = [out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"]
+    assert [record["global_step"] for record in read_lines(files[1])] == [4, *range(12, last, 4), last]
+    kept = [path.read_bytes() for path in files]
+    launch(*again)  # finished: nothing more to do
+    assert [path.read_bytes() for path in files] == kept and equal(out, trained)
 
 
-@pytest.mark.slow
 def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     flags = ["train", "--lm", tiny, *FLAGS, "--out", out]
     assert "already holds a run; give --resume" in launch(*flags, code=2)[1]  # not by accident
-    assert "--latents 4 does not go with --resume: this run has --latents 8" in launch(
-        *flags, "--resume", "--latents", "4", code=2)[1]
-    assert "--wire embeds does not go with --resume" in launch(*flags, "--resume", "--wire", "embeds", code=2)[1]
+    for name, value, had in (("latents", "4", "8"), ("wire", "embeds", "kv"), ("scope", "asked", "context")):
+        says = f"--{name} {value} does not go with --resume: this run has --{name} {had}"
+        assert says in launch(*flags, "--resume", f"--{name}", value, code=2)[1]
     with claim(out):
         assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
     _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
     assert "--lr was 0.01, goes on as 0.005" in said and len(steps_of(out)) == 2 * len(steps_of(trained))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["context", "asked"])
 def test_several_processes_equal_one(tiny, tmp_path, scope):
     """Two gloo processes, each with the whole frozen LM or with half of it, train and answer what one does."""
-    flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "80", "--lr", "1e-3", "--save_every", "6"]
-    note = lambda name: partial(before, "train.finish", 1, partial(note_weights, tmp_path / name))
+    flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "80", "--lr", "1e-3"]
+    note = lambda name: [partial(before, "train.finish", 1, partial(note_weights, tmp_path / name))]
     launch(*flags, "--out", tmp_path / "one")
-    launch(*flags, "--grad_checkpoint", "--out", tmp_path / "again")
-    assert equal(tmp_path / "one", tmp_path / "again", 1e-6)
-    # A signal that one of them gets stops both; what one process began two go on with.
-    _, said = launch(*flags, "--grad_checkpoint", "--out", tmp_path / "two", world=2,
-                     hooks=[partial(before, "train.clock", 4, signal.SIGTERM, 1)])
-    assert "stopped by signal at step 3, saved" in said
-    launch(*flags, "--grad_checkpoint", "--out", tmp_path / "two", "--resume", world=2, hooks=[note("two")])
-    launch(*flags, "--grad_checkpoint", "--shard", "--out", tmp_path / "shard", world=2, hooks=[note("shard")])
+    flags.append("--grad_checkpoint")
+    launch(*flags, "--out", tmp_path / "again")
+    stop = [partial(before, "train.clock", 4, TERM, 1)]  # a signal that the second process gets stops both
+    assert "at step 3, saved" in launch(*flags, "--out", tmp_path / "two", world=2, hooks=stop)[1]
+    launch(*flags, "--out", tmp_path / "two", "--resume", world=2, hooks=note("two"))
+    launch(*flags, "--shard", "--out", tmp_path / "shard", world=2, hooks=note("shard"))
     one = diagnostics_of(tmp_path / "one")
-    assert len(one) >= 8
-    for name in ("two", "shard"):
-        assert equal(tmp_path / "one", tmp_path / name, 1e-5)
+    for name, atol in (("again", 1e-6), ("two", 1e-5), ("shard", 1e-5)):
+        assert equal(tmp_path / "one", tmp_path / name, atol=atol), name
         for x, y in zip(one, diagnostics_of(tmp_path / name), strict=True):
             x, y = x["models"]["tiny"], y["models"]["tiny"]
             assert x["tf"] == pytest.approx(y["tf"], abs=1e-4) and x["prediction_histogram"] == y["prediction_histogram"]
-    for rank in "01":
-        two, half = (json.loads(Path(f"{tmp_path / name}{rank}").read_text()) for name in ("two", "shard"))
-        assert half["held"] == pytest.approx(two["held"] / 2, rel=0.01)
+    held = {name: json.loads((tmp_path / name).read_text())[0] for name in ("two0", "two1", "shard0", "shard1")}
+    assert len(one) >= 8 and held["shard0"] == pytest.approx(held["two0"] / 2, rel=0.01) == held["shard1"]
     asked = ["eval", "--mode", "text,latent,matched_lora", "--ckpt", tmp_path / "shard" / "ckpt" / "best", "--samples", "6",
              "--max_new_tokens", "4", "--device", "cpu"]
     launch(*asked, "--out", tmp_path / "a")
-    told, _ = launch(*asked, "--shard", "--out", tmp_path / "b", world=2)
+    assert launch(*asked, "--shard", "--out", tmp_path / "b", world=2)[0].count("written to") == 1
     a, b = ((tmp_path / name / "eval" / "predictions.jsonl").read_bytes() for name in "ab")
-    assert told.count("written to") == 1 and a == b
+    assert a == b
 
 
-@pytest.mark.slow
-def test_one_bad_gradient_does_no_harm(tiny, tmp_path):
-    """A NaN in one of two processes skips the step in both, and a spike is clipped: both hold the same weights after."""
-    launch("train", "--lm", tiny, *FLAGS, "--out", tmp_path / "run", world=2, hooks=[
-        partial(scale_loss, {5: math.nan}, 1), partial(scale_loss, {8: 1e6}),
-        partial(before, "train.finish", 1, partial(note_weights, tmp_path / "sum"))])
-    said = (tmp_path / "run" / "logs" / "training.log").read_text()
+def test_steps_that_are_not_finite(tiny, tmp_path):
+    """A NaN in one of two processes skips the step in both, which hold the same weights after; ten stop a run."""
+    out = tmp_path / "run"
+    launch("train", "--lm", tiny, *FLAGS, "--out", out, world=2, hooks=[
+        partial(before, "model.wire_loss", 5, poison, 1), partial(before, "train.finish", 1, partial(note_weights, tmp_path / "sum"))])
+    said = (out / "logs" / "training.log").read_text()
     assert said.count("step skipped") == 1 and "step 5: gradient norm nan, step skipped (1 so far)" in said
-    first, second = (json.loads(Path(f"{tmp_path}/sum{rank}").read_text())["sums"] for rank in "01")
-    assert first == second and not any(map(math.isnan, first))
-    records = diagnostics_of(tmp_path / "run")
-    assert [r["global_step"] for r in records if r["grad_norm"] > 1e4] == [8] and records[-1]["skipped_steps"] == 1
-    tf = [record["models"]["tiny"]["tf"] for record in records]
-    assert np.mean(tf[-4:]) < tf[0] - 1
-
-
-@pytest.mark.slow
-def test_ten_steps_that_are_not_finite_stop_the_run(tiny, tmp_path):
-    _, said = launch("train", "--lm", tiny, *FLAGS, "--save_every", "1", "--out", tmp_path / "run", code=2,
-                     hooks=[partial(scale_loss, dict.fromkeys(range(9, 99), math.nan))])  # two micro-batches a step
+    (_, first), (_, second) = (json.loads((tmp_path / f"sum{rank}").read_text()) for rank in (0, 1))
+    assert first == second and not any(map(math.isnan, first)) and diagnostics_of(out)[-1]["skipped_steps"] == 1
+    _, said = launch("train", "--lm", tiny, *FLAGS, "--save_every", "1", "--out", tmp_path / "other", code=2, hooks=[
+        partial(before, "model.wire_loss", call, poison) for call in range(9, 29)])  # two micro-batches a step
     assert "step skipped (10 so far)" in said and said.strip().splitlines()[-1].startswith("error: ten steps in a row")
-    assert state_of(tmp_path / "run")["step"] == 4  # nothing was saved over the last good one
+    assert state_of(tmp_path / "other")["step"] == 4  # nothing was saved over the last good one
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what, code", [(signal.SIGKILL, -9), (signal.SIGSTOP, None)], ids=["dies", "hangs"])
-def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path, what, code):
+@pytest.mark.parametrize("act, code", [(KILL, -9), ("kill -STOP $PPID", None)], ids=["dies", "hangs"])
+def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path, act, code):
     flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--timeout", "0.25", "--out", tmp_path / "run"]
-    _, said = launch(*flags, world=2, code=[2, code], hooks=[partial(before, "train.log_steps", 3, what, 1)])
+    _, said = launch(*flags, world=2, code=[2, code], hooks=[partial(before, "train.log_steps", 3, act, 1)])
     assert said.strip().splitlines()[-1].startswith("error: process 0 lost another one") and "--resume" in said
     assert state_of(tmp_path / "run")["step"] == 2
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tiny, tmp_path):
     (tmp_path / "driver.py").write_text(f"""
-import os, signal, train
-from {__name__} import before
+import os, train
+from {__name__} import KILL, before
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    before("train.log_steps", 5, signal.SIGKILL, 1)
+    before("train.log_steps", 5, KILL, 1)
 train.run_main(train.main)
 """)
     out = tmp_path / "run"
     said = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", tmp_path / "driver.py",
-               "--lm", tiny, *FLAGS, "--samples", "80", "--save_every", "2", "--out", out, "--resume").stderr
-    assert f"resuming {out} at step 4 of" in said
-    assert steps_of(out) == list(range(1, len(steps_of(out)) + 1)) and state_of(out)["finished"]
+               "--lm", tiny, *FLAGS, "--samples", "80", "--save_every", "2", "--out", out, "--resume", env={**os.environ, **ALONE})
+    assert f"resuming {out} at step 4 of" in said.stderr and state_of(out)["finished"]
+    assert steps_of(out) == list(range(1, len(steps_of(out)) + 1))
 
 
-@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained, disk, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "ckpt").symlink_to(disk)  # alone, for a file system in which a file is being written cannot be made read-only
+    (out / "ckpt").symlink_to(disk)  # alone: where a file is being written nothing can be made read-only
     flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--out", out, "--resume"]
     _, said = launch(*flags, code=2, hooks=[
         partial(before, "train.save", 2, f"mount -o remount,ro {disk}"),
         partial(before, "train.save", 3, f"mount -o remount,rw {disk}"),
         partial(before, "train.save", 4, f"cat /dev/zero > {disk}/filler")])
-    assert "Read-only file system" in said and "No space left" in said
-    assert said.count("warning: ckpt/last not written, training goes on") == 1 + (len(steps_of(trained)) // 2 - 3) + 2
+    assert said.count("Read-only file system") == 1 and said.count("No space left") >= 2
     assert said.strip().splitlines()[-1].startswith("error: the run is over but its weights are not written; make room")
-    assert steps_of(out) == steps_of(trained) and state_of(out)["step"] == 6
+    assert steps_of(out) == steps_of(trained) and state_of(out)["step"] == 6  # the checkpoint before is whole
     (disk / "filler").unlink()
     launch(*flags)
     assert equal(out, trained) and steps_of(out) == steps_of(trained) and state_of(out)["finished"]
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)  # from the start: one line, at once
-    (tmp_path / "other").symlink_to(disk / "other")
     for command in (["train", "--lm", tiny, *FLAGS], ["eval", "--ckpt", trained / "ckpt" / "last", "--samples", "4"]):
-        _, said = launch(*command, "--out", disk / "other", code=2)
-        assert said.strip().splitlines()[-1].startswith(f"error: --out {disk / 'other'}") and "Read-only file system" in said
+        last = launch(*command, "--out", disk / "other", code=2)[1].strip().splitlines()[-1]
+        assert last.startswith(f"error: --out {disk / 'other'}") and "Read-only file system" in last
 
 
 # ------------------------------------------------------------------------------------------------
 # eval.py
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--wire embeds", "--scope prompt --prompt chat", "--latents 4,8", "--ratio 4", "--scope asked --ratio 2",
-                                   *(f"--wire tokens --keep {keep}" for keep in ("truncated", "selective", "matched", "all"))])
-def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize("flags, row", [
+    ("--wire embeds", "latent"), ("--scope prompt --prompt chat", "latent"), ("--latents 4,8", "latent"), ("--ratio 4", "latent"),
+    ("--scope asked --ratio 2", "latent"), *((f"--wire tokens --keep {keep}", f"{keep}_lora") for keep in (
+        "truncated", "selective", "matched")), ("--wire tokens --keep all", "text_lora")])
+def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, flags, row):
     out = tmp_path / "run"
-    monkeypatch.setattr(signal, "signal", lambda *given: None)  # this process keeps its own
-    argv = ["--lm", tiny, *FLAGS, *flags.split(), "--samples", "40", "--epochs", "2", "--eval_samples", "2", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    assert train.main() == 0
-    row, = [record["row"] for record in read_lines(out / "eval" / "metrics_history.jsonl")]
+    launch("train", "--lm", tiny, *FLAGS, *flags.split(), "--samples", "40", "--epochs", "2", "--eval_samples", "2", "--out", out)
+    assert [record["row"] for record in read_lines(out / "eval" / "metrics_history.jsonl")] == [row]
     losses = [record["models"]["tiny"]["tf"] for record in diagnostics_of(out)]
-    assert losses[-1] < losses[0] and len(losses) >= 8
-    argv = ["--ckpt", str(out / "ckpt" / "best"), "--samples", "4", "--max_new_tokens", "4", "--device", "cpu"]
-    told = lambda mode: (monkeypatch.setattr(evaluation, "args", evaluation.parse_args([*argv, "--mode", mode]), raising=False),
-                         evaluation.main(), json.loads((out / "eval" / "metrics.json").read_text()))[-1]
-    metrics = told(row)
-    assert metrics["own_row"] == row == {"truncated": "truncated_lora", "selective": "selective_lora", "matched": "matched_lora",
-                                         "all": "text_lora"}.get(flags.split()[-1], "latent")
-    assert 0 <= metrics[row]["tiny"]["f1"] <= 1 and metrics["fingerprint"]["prompt"] == ("chat" if "chat" in flags else "plain")
+    assert losses[-1] < losses[0]
+    more = {"--wire embeds": "adapter", "--latents 4,8": "latent@4"}.get(flags, "question_only")
+    asked = ["eval", "--ckpt", out / "ckpt" / "best", "--samples", "4", "--max_new_tokens", "4", "--device", "cpu", "--out", out]
+    metrics = json.loads(launch(*asked, "--mode", f"{row},{more}", "--json")[0])
+    assert metrics["own_row"] == row and metrics["fingerprint"]["prompt"] == ("chat" if "chat" in flags else "plain")
     if "tokens" in flags:
-        with pytest.raises(UserError, match="needs another wire than this one of --wire tokens"):
-            told("latent")
+        assert "needs another wire than this one of --wire tokens" in launch(*asked, "--mode", "latent", code=2)[1]
     elif flags == "--wire embeds":
-        assert "adapter" in told("adapter")["embedding_baselines"] and metrics["wire"]["latent_shape"] == [4, 8, 64]
+        assert "adapter" in metrics["embedding_baselines"] and metrics["wire"]["latent_shape"] == [4, 8, 64]
     elif flags == "--latents 4,8":
-        assert metrics["latent_len"] == 8 and told("latent@4")["latent@4"]["tiny"]["tokens_read"] == metrics["latent"]["tiny"]["tokens_read"] - 4
-    elif flags == "--ratio 4":
+        read = [metrics[name]["tiny"]["tokens_read"] for name in (row, more)]
+        assert metrics["latent_len"] == 8 and read[0] - read[1] == 4
+    elif "--ratio 4" in flags:
         assert metrics["compression"]["tiny"] == pytest.approx(4, abs=0.3)
 
 
-@pytest.mark.slow
+def flat(entry, at=""):
+    """{"a.b": value} of nested dicts."""
+    return {key: value for name, inner in entry.items() for key, value in (
+        flat(inner, f"{at}{name}.") if isinstance(inner, dict) else {f"{at}{name}": inner}).items()}
+
+
 def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
-    best = trained / "ckpt" / "best"
-    asked = ["--samples", "12", "--device", "cpu", "--max_new_tokens", "6"]
-    first = run("eval.py", "--mode", "all", "--ckpt", best, *asked, "--out", tmp_path / "a")
-    assert "Reference" in first.stdout and "carried by the wire" in first.stdout and "chance level" in first.stdout
-    assert "notice: adapter are left out: --wire kv has none" in first.stderr
-    launch("eval", "--mode", "latent@4,latent@int4", "--ckpt", best, *asked, "--out", tmp_path / "a")
+    best, asked = trained / "ckpt" / "best", ["--samples", "12", "--device", "cpu", "--max_new_tokens", "6"]
     read = lambda name: (json.loads((tmp_path / name / "eval" / "metrics.json").read_text()),
                          read_lines(tmp_path / name / "eval" / "predictions.jsonl"))
-    metrics, records = read("a")
-    own = [name for name in rows.ROWS if name != "adapter"]
-    assert len(records) == 12 and {"id", "prompt", "golds", "latent@4", "latent@int4", *own} == records[0].keys()
+    first = run("eval.py", "--mode", "all", "--ckpt", best, *asked, "--out", tmp_path / "a", env={**os.environ, **ALONE})
+    assert all(text in first.stdout for text in ("Reference", "carried by the wire", "chance level"))
+    assert "notice: adapter are left out: --wire kv has none" in first.stderr
+    launch("eval", "--mode", "latent@4,latent@int4", "--ckpt", best, *asked, "--out", tmp_path / "a")
+    (metrics, records), own = read("a"), ["latent@4", "latent@int4", *(name for name in rows.ROWS if name != "adapter")]
+    assert len(records) == 12 and {"id", "prompt", "golds", *own} == records[0].keys()  # the first call's are kept
     for row in ("text", "latent", "latent@int4"):
         assert metrics[row]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]))
     assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
     # Payload: keys and values of 4 layers with 2 heads of 32, of 8 latents and of what stands before them.
-    before = len(Prompt(load_lm(tiny, device="cpu")[1], "plain").layout("context").before)
-    values = 12 * (8 + before) * 2 * 4 * 2 * 32
-    assert before and metrics["payload_bytes"] == values * 4 == metrics["wire"]["latent_bytes"]["fp32"]
+    before_them = len(Prompt(load_lm(tiny, device="cpu")[1], "plain").layout("context").before)
+    values = 12 * (8 + before_them) * 2 * 4 * 2 * 32
+    assert before_them and metrics["payload_bytes"] == values * 4 == metrics["wire"]["latent_bytes"]["fp32"]
     assert metrics["wire"]["quality"]["int4"]["bytes"] == payload_bytes(values, "int4") == values // 2 + values // 32 * 2
     assert metrics["latent"]["wall_clock_sec"] > metrics["latent"]["wall_clock_ready_sec"]
-    assert len(read_lines(tmp_path / "a" / "eval" / "metrics_history.jsonl")) == len(own) + 2
+    assert len(read_lines(tmp_path / "a" / "eval" / "metrics_history.jsonl")) == len(own)
     assert {"python", "torch", "transformers", "safetensors", "numpy"} == metrics["versions"].keys() and metrics["seed"] == 0
-    assert metrics["argv"][0] == "--mode" and metrics["ckpt_sha256"] == read_checkpoint(best).checksum
-    assert len(metrics["git_commit"] or "-" * 40) == 40 or not (HERE / ".git").exists()
-    # Twice, in another order and beside a tuned reader: the same.
+    assert metrics["ckpt_sha256"] == read_checkpoint(best).checksum and metrics["argv"][0] == "--mode"
+    preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
+    if preserved.exists():  # its fields but those of a second LM, of old decoding and of wires with an adapter
+        theirs = flat(json.loads(preserved.read_text().replace('"llama"', '"tiny"')))
+        assert [key for key in theirs.keys() - flat(metrics).keys() if not key.startswith((
+            "joint", "oracle", "debug.settings.append_bos", "debug.settings.decode", "embedding_baselines.adapter"))] == []
+    # Twice, in another order and beside a tuned reader that is always right: the same.
     write_atomic(tmp_path / "upper" / "eval" / "metrics.json", json.dumps({**metrics, "own_row": "text_lora"}))
-    write_atomic(tmp_path / "upper" / "eval" / "predictions.jsonl",
-                 "".join(json.dumps({**record, "text_lora": record["golds"][0]}) + "\n" for record in records))
-    told, _ = launch("eval", "--mode", ",".join(["latent@4", "latent@int4", *own]), "--ckpt", best, *asked, "--out", tmp_path / "b",
-                     "--upper", tmp_path / "upper", "--json")
+    right = "".join(json.dumps({**record, "text_lora": record["golds"][0]}) + "\n" for record in records)
+    write_atomic(tmp_path / "upper" / "eval" / "predictions.jsonl", right)
+    told, _ = launch("eval", "--mode", ",".join(own), "--ckpt", best, *asked, "--out", tmp_path / "b", "--upper", tmp_path / "upper",
+                     "--json")
     again, those = read("b")
     assert json.loads(told) == again and those == records
     assert again["retention"].pop("a reader tuned on text (--upper)")["f1"] == 1.0
-
-    def strip(entry):  # of what a clock says
-        return {key: strip(value) if isinstance(value, dict) else value for key, value in entry.items() if "sec" not in key and key != "argv"}
-    assert strip(again) == strip(metrics)
-    # Other questions begin anew; the same with another checkpoint keep what needs none.
+    timeless = lambda entry: {key: value for key, value in flat(entry).items() if "sec" not in key and key != "argv"}
+    assert timeless(again) == timeless(metrics)
+    # Another checkpoint keeps what needs none, other questions keep nothing.
     launch("eval", "--mode", "truncated_lora", "--ckpt", trained / "ckpt" / "last", *asked, "--out", tmp_path / "b")
-    assert {"truncated_lora", "text"} <= read("b")[1][0].keys() and "latent" not in read("b")[0] and "carried" not in read("b")[0]
+    metrics, records = read("b")
+    assert {"truncated_lora", "text"} <= records[0].keys() and not {"latent", "text_lora", "carried"} & {*records[0], *metrics}
     _, said = launch("eval", "--mode", "text", "--lm", tiny, *asked, "--samples", "4", "--out", tmp_path / "b")
     assert "is of another LM, data or setting; it is replaced" in said and "matched" not in read("b")[0]
-    preserved = HERE.parent / "shared" / "preserved_data" / "2025-10-10_hpc_embedding_smoke" / "eval" / "metrics.json"
-    if preserved.exists():
-        def missing(theirs, ours, path=""):
-            for key, value in theirs.items():
-                key = "tiny" if key == "llama" else key
-                if key not in ours:
-                    yield path + key
-                elif isinstance(value, dict):
-                    yield from missing(value, ours[key], f"{path}{key}.")
-        allowed = {"joint", "oracle", "debug.settings.append_bos_after_prefix", "debug.settings.decode",  # two LMs, old decoding
-                   "embedding_baselines.adapter", "embedding_baselines.adapter.metrics", }  # of embeds wires
-        assert set(missing(json.loads(preserved.read_text()), metrics)) <= allowed
 
 
 def test_retention_is_paired_and_checks_what_it_compares(tmp_path):
-    records = [{"id": str(i), "golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"}
+    records = [{"golds": ["Rome"], "latent": "Rome" if i < 3 else "Oslo", "latent_shuffled": "Oslo", "anchor": "Rome"}
                for i in range(12)]
     metrics = {}
-    lines = evaluation.compare(metrics, records, ["Rome" if i < 6 else "x" for i in range(12)])
-    assert metrics["carried"] == 0.25 and len(lines) == 3
-    assert metrics["retention"]["zero-shot text (anchor)"]["ratio"] == 0.25
-    assert metrics["retention"]["a reader tuned on text (--upper)"]["ratio"] == 0.5
+    assert len(evaluation.compare(metrics, records, ["Rome" if i < 6 else "x" for i in range(12)])) == 3
+    assert metrics["carried"] == 0.25 and [entry["ratio"] for entry in metrics["retention"].values()] == [0.25, 0.5]
     with pytest.raises(UserError, match="no evaluated run there"):
         evaluation.read_upper(tmp_path, {})
     write_atomic(tmp_path / "eval" / "predictions.jsonl", json.dumps({"id": "1", "text_lora": "Rome"}) + "\n")
-    fingerprint = {"lm": "a", "data": "b", "prompt": "plain"}
-    for own, its_data, samples, says in (("text_lora", "b", 1, None), ("text_lora", "other", 1, "must be a run of"),
-                                         ("latent", "b", 1, "must be a run of"), ("text_lora", "b", 2, "only 1 of its 2")):
+    mine = {"lm": "a", "data": "b", "prompt": "plain"}
+    for own, data, samples, says in (("text_lora", "other", 1, "must be a run of"), ("latent", "b", 1, "must be a run of"),
+                                     ("text_lora", "b", 2, "only 1 of its 2"), ("text_lora", "b", 1, None)):
         write_atomic(tmp_path / "eval" / "metrics.json", json.dumps(
-            {"text_lora": {}, "samples": samples, "own_row": own, "fingerprint": {**fingerprint, "data": its_data}}))
-        if says:
-            with pytest.raises(UserError, match=says):
-                evaluation.read_upper(tmp_path, fingerprint)
-        else:
-            assert evaluation.read_upper(tmp_path, fingerprint) == ["Rome"]
+            {"text_lora": {}, "samples": samples, "own_row": own, "fingerprint": {**mine, "data": data}}))
+        with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+            assert evaluation.read_upper(tmp_path, mine) == ["Rome"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1366,7 +1317,7 @@ RECORDER = """#!/usr/bin/env bash
 [[ "$*" == *device_count* ]] && { echo "$GPUS"; exit; }
 [[ "$*" == *'import json'* ]] && { echo its-own-data; exit; }
 [[ "$1 $2" == "show hostnames" ]] && { echo node-1; exit; }
-echo "$(basename "$0") $*" >> calls
+echo "$(basename "$0") ${*@Q}" >> calls
 if [[ -n "${WARNED:-}" && "$*" == *train.py* ]]; then  # as SLURM does before the time is up, once the script listens
   trap 'echo saved >> calls; exit 0' TERM
   until grep -Eq '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status"; do sleep 0.1; done
@@ -1379,45 +1330,46 @@ fi
 @pytest.fixture
 def hpc(tmp_path):
     """hpc(*arguments, code=0, **environment) -> (stderr, calls) of run_hpc.sh in a folder of its own."""
-    shutil.copy(HERE / "run_hpc.sh", tmp_path)
-    shutil.copy(HERE / "requirements-pinned.txt", tmp_path)
     for name in ("bin/python3", "bin/srun", "bin/scontrol", ".venv/bin/python"):
         write_atomic(tmp_path / name, RECORDER)
         (tmp_path / name).chmod(0o755)
-    shutil.copy(HERE / "requirements-pinned.txt", tmp_path / ".venv" / "installed")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)  # as train.py does
+    for name, copy in (("run_hpc.sh", "run_hpc.sh"), ("requirements-pinned.txt", "requirements-pinned.txt"),
+                       ("requirements-pinned.txt", ".venv/installed")):
+        shutil.copy(HERE / name, tmp_path / copy)
 
     def call(*arguments, code=0, **environment):
         (tmp_path / "calls").write_text("")
-        out = subprocess.run(["bash", tmp_path / "run_hpc.sh", *arguments], cwd="/", capture_output=True, text=True, timeout=PATIENCE,
+        out = subprocess.run(["bash", tmp_path / "run_hpc.sh", *arguments], cwd="/", capture_output=True, text=True, timeout=600,
                              env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "GPUS": "2", **environment})
         assert out.returncode == code, out.stderr
-        return out.stderr, (tmp_path / "calls").read_text().splitlines()
+        return out.stderr, [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
     return call
 
 
 def test_run_hpc_calls_what_there_is(hpc, tmp_path):
-    (tmp_path / "runs" / "demo").mkdir(parents=True)  # as train.py does
-    _, calls = hpc("demo", "--minutes", "1")
+    calls = hpc("demo", "--minutes", "1")[1]
     parsers = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args}
-    assert [call.split()[1] for call in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
-    words = lambda call: [*(head := call.partition(" --question "))[0].split()[2:], *[w for w in ("--question", head[2]) if head[2]]]
-    train_it, *others = [parsers[call.split()[1]](words(call)) for call in calls]  # each flag is there
-    assert train_it.minutes == 1 and train_it.resume and {str(other.ckpt) for other in others} == {f"{train_it.out}/ckpt/best"}
-    assert hpc("test", "-k", "x")[1][0].startswith("python -m pytest test_all.py") and hpc("ablate")[1] == ["python ablate.py "]
-    _, calls = hpc("--lr", "3e-4", "--out=runs/x")
-    assert calls == ["python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
-                     "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
-    write_atomic(tmp_path / "runs/demo/held_out.jsonl", "")
-    assert "--data runs/demo/held_out.jsonl" in hpc("--preset", "demo", GPUS="0")[1][-1]
+    assert [script for _, script, *_ in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
+    demo, *others = [parsers[script](flags) for _, script, *flags in calls]  # each flag is there
+    assert demo.minutes == 1 and demo.resume and {other.ckpt for other in others} == {f"{demo.out}/ckpt/best"}
+    assert hpc("test", "-k", "x")[1][0][:4] == ["python", "-m", "pytest", "test_all.py"]
+    assert hpc("ablate", "--cells", "base")[1] == [["python", "ablate.py", "--cells", "base"]]
+    assert [" ".join(call) for call in hpc("--lr", "3e-4", "--out=runs/x")[1]] == [
+        "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
+        "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
+    (tmp_path / "runs" / "demo" / "held_out.jsonl").touch()
+    assert "runs/demo/held_out.jsonl" in hpc("--preset", "demo", GPUS="0")[1][-1]
     assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
     assert "error: target 'x' is unknown; there are demo, test, ablate" in hpc("x", code=2)[0]
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="seeing that a process listens to a signal needs /proc: run on Linux")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc shows that a script listens: run it on Linux")
 def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc):
-    _, calls = hpc(SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[1-2]", WARNED="1")
-    assert calls[0].startswith("srun --kill-on-bad-exit=1 .venv/bin/python -m torch.distributed.run --nproc_per_node=2 --nnodes=2 --rdzv_id=7")
-    assert "--rdzv_endpoint=node-1:29500 train.py --resume" in calls[0] and calls[1:] == ["saved", "scontrol requeue 7"]
+    _, (launched, *then) = hpc(SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[1-2]", WARNED="1")
+    assert launched[:2] == ["srun", "--kill-on-bad-exit=1"] and launched[-2:] == ["train.py", "--resume"]
+    assert {"--nnodes=2", "--rdzv_id=7", "--rdzv_endpoint=node-1:29500"} <= {*launched}
+    assert then == [["saved"], ["scontrol", "requeue", "7"]]
 
 
 TEXT = " ".join(dict.fromkeys(example.context for example in synthetic("dev", 40)))  # 8 passages, about 900 tokens
@@ -1793,3 +1745,22 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
     assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
     with pytest.raises(UserError, match="base was trained with another --data"):
         begin("--data", "synthetic")
+
+
+# ------------------------------------------------------------------------------------------------
+# bench.py
+
+@pytest.mark.slow
+def test_every_part_of_the_bench_measures(tiny, tmp_path, capsys):
+    """Finite figures for every wire and length; a text's cache is larger than its latents'."""
+    bench.main(bench.parse_args(["all", "--lm", tiny, "--lengths", "64,128", "--repeats", "1", "--batch", "5", "--device", "cpu",
+                                 "--out", str(tmp_path)]))
+    found = json.loads((tmp_path / "bench.json").read_text())
+    train_, answer, scale = (found[part]["result"] for part in ("train", "answer", "scale"))
+    assert {"kv", "embeds", "tokens truncated", "tokens all"} <= train_["seconds"].keys()
+    assert all(0 < seconds < math.inf for seconds in train_["seconds"].values())
+    assert answer["128"]["cache_mb"]["text"] > 3 * answer["128"]["cache_mb"]["latents"] > 0
+    assert all(math.isfinite(power) for rule in scale.values() for power in rule["exponents"].values())
+    assert "text/next" in capsys.readouterr().out
+    with pytest.raises(UserError, match="zap is unknown; there are train"):
+        bench.main(bench.parse_args(["zap"]))

@@ -658,8 +658,8 @@ def train(config, rank, world, device, dtype, why, stack):
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
         norm, asked = train_step(run, progress, window)
         state.step, state.seen, state.finished = state.step + 1, state.seen + asked, False
-        if config.minutes:  # the steps that there is time for, so that the bar's ETA is the run's
-            run.bar.total = max(state.step, round(state.step / max(progress, 1e-9)))
+        if config.minutes and progress:  # the steps that there is time for, so that the bar's ETA is the run's
+            run.bar.total = max(state.step, round((state.step - 1) / progress))
         run.bar.update()
         if state.step % config.log_every == 0:
             log_steps(run, window, norm, time.time() - ticked)

@@ -1,0 +1,225 @@
+"""
+Measure speed and memory as ratios, side by side in one run. Prints tables, writes OUT/bench.json.
+
+    python bench.py all                                   # every part, on SmolLM2-135M and synthetic passages
+    python bench.py train answer --data train-v1.1.json.gz
+
+    train    questions a second and peak memory of a training step, for each wire and without each saving
+    answer   time to the first answer and for each next question: text against latents
+    scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
+
+Contenders alternate, in another order each round, and medians are reported, so that a machine that slows down slows all of them.
+"""
+import json
+import math
+import random
+import statistics
+import time
+from pathlib import Path
+
+from common import Parser, UserError, log, run_main, write_atomic
+
+PARTS = ("train", "answer", "scale")
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
+    p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
+    p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
+    p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
+    p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
+    p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their own)")
+    p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
+    p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+import numpy as np
+import torch
+
+from data import Example, Prompt, group_by_context, load_data
+from lm import checkpoint_layers, generate, load_lm, use_lora
+from model import LatentWire, WireConfig
+from rows import kept_tokens
+from store import place_values
+
+WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
+
+
+def setup(args, **changes):
+    """(wire, items): a fresh LM with a wire around it, and tokenised examples, those of a paragraph one after the other."""
+    torch.manual_seed(0)
+    lm, tokenizer = load_lm(args.lm, device=args.device, wired=True)
+    prompt = Prompt(tokenizer, "plain", 1024)
+    wire = LatentWire(lm, WireConfig(lm=args.lm, **{"prompt": "plain", "lora_rank": 8, **changes}), prompt).train()
+    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None))
+
+
+def seconds(run):
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def side_by_side(contenders, repeats):
+    """{name: median seconds} of {name: function}. The first round is a warm-up."""
+    rounds = []
+    for number in range(repeats + 1):
+        order = random.Random(number).sample(list(contenders), len(contenders))
+        rounds.append({name: seconds(contenders[name]) for name in order})
+    return {name: statistics.median(taken[name] for taken in rounds[1:]) for name in contenders}
+
+
+def peak_bytes(run):
+    """Bytes that a run needs on top of what is held before it; NaN where the system does not say."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
+        before = status("VmRSS:")
+        run()
+        return status("VmHWM:") - before
+    except OSError:
+        run()
+        return math.nan
+
+
+def table(head, rows):
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(f"{cell!s:<{width}}" if i == 0 else f"{cell!s:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))))
+    print(flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+
+def step_of(wire, rows):
+    """A function that trains on rows of items once, as train.py does but for the clipping and the log."""
+    params = list(wire.trainable().values())
+    optimizer = torch.optim.AdamW(params, lr=1e-4)
+
+    def run():
+        kept = None
+        if wire.config.wire == "tokens":
+            kept = kept_tokens(wire.config.keep, wire.lm, wire.prompt, [row[0] for row in rows], [32] * len(rows))
+        extra = 3 if wire.config.wire != "tokens" else 0
+        batch = wire.collate(rows, wire.stored, None, kept, extra, random.Random(0)).to(wire.rarity.device)
+        wire(batch, WEIGHTS)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return run
+
+
+def bench_train(args):
+    """Each wire on the same questions, and kv without each saving."""
+    wire, items = setup(args)
+    groups = [group[:5] for group in group_by_context(items) if len(group) >= 5]
+    rows = [[items[i] for i in group] for group in random.Random(0).sample(groups, max(1, args.batch // 5))]
+    alone = [[item] for row in rows for item in row]
+    saving = setup(args)[0]
+    checkpoint_layers(saving.lm)
+    contenders = {"kv": step_of(wire, rows), "kv, one question a row": step_of(wire, alone),
+                  "kv, --grad_checkpoint": step_of(saving, rows), "embeds": step_of(setup(args, wire="embeds")[0], rows)}
+    for keep in ("truncated", "all"):
+        contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)
+    times, n = side_by_side(contenders, args.repeats), len(alone)
+    peaks = {name: peak_bytes(run) for name, run in contenders.items()}
+    table([f"{n} questions a step", "questions/s", "of kv", "peak MB above rest"],
+          [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name, taken in times.items()])
+    return {"questions": n, "seconds": times, "peak_bytes": peaks}
+
+
+def long_text(items, length):
+    """`length` token ids of contexts one after the other."""
+    text = np.concatenate([item.context for item in items])
+    return np.tile(text, -(-length // len(text)))[:length]
+
+
+@torch.no_grad()
+def bench_answer(args):
+    """The prompt to eight answer tokens, batch 1. "first" encodes the document, "next" has its latents."""
+    wire, items = setup(args)
+    wire.eval()
+    lm, layout, result, rows = wire.lm, wire.layout, {}, []
+    after = layout.after(items[0])
+    ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
+    for T in [int(x) for x in (args.lengths or "246,1024,8192").split(",")]:
+        text, count = long_text(items, T), min(32, T)
+        encode = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device))
+        ready = encode()
+
+        def first():
+            ask(after, encode())
+        times = side_by_side({"text": lambda: ask(np.concatenate([layout.before, text, after])), "first": first,
+                              "next": lambda: ask(after, ready)}, args.repeats if T < 4096 else 1)
+        cache = {name: places * place_values(lm, "kv") * lm.dtype.itemsize / 1e6
+                 for name, places in (("text", T + len(layout.before)), ("latents", ready.held.shape[1]))}
+        result[T] = {"seconds": times, "cache_mb": cache}
+        rows.append([T, *(f"{1e3 * times[name]:.0f}" for name in ("text", "first", "next")),
+                     f"{times['text'] / times['first']:.2f}x", f"{times['text'] / times['next']:.2f}x",
+                     f"{cache['text']:.1f} -> {cache['latents']:.1f}"])
+        log(f"answer: {T} tokens done")
+    table(["context tokens", "text ms", "first ms", "next ms", "text/first", "text/next", "cache MB"], rows)
+    return result
+
+
+def bench_scale(args):
+    """Encoding and a training step by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
+    wire, items = setup(args)
+    lengths = [int(x) for x in (args.lengths or "512,2048,8192,16384").split(",")]
+    result, rows = {}, []
+    for rule, count in (("M = 32", lambda T: 32), ("T / M = 8", lambda T: T // 8)):
+        taken = {"encode": [], "step": []}
+        for T in lengths:
+            text = long_text(items, T)
+            item = wire.prompt.items([Example("", "", items[0].example.question, ("x",))])[0]
+            row = [[type(item)(item.example, text, item.question, item.answer)]]
+
+            def step():
+                batch = wire.collate(row, lambda length: min(count(length), length)).to(wire.rarity.device)
+                wire(batch, WEIGHTS)[0].backward()
+
+            def encode():
+                with torch.no_grad():
+                    wire.encode(wire.source([text], [count(T)]).to(wire.rarity.device))
+            times = side_by_side({"encode": encode, "step": step}, args.repeats if T < 4096 else 1)
+            for name, value in times.items():
+                taken[name].append(value)
+            rows.append([f"{rule}, {T}", *(f"{1e3 * times[name]:.0f}" for name in taken)])
+            log(f"scale: {rule}, {T} tokens done")
+        result[rule] = {"lengths": lengths, **taken, "exponents": {
+            name: float(np.polyfit(np.log(lengths), np.log(value), 1)[0]) for name, value in taken.items()}}
+    table(["context tokens", "encode ms", "step ms"], rows)
+    for rule, found in result.items():
+        print(f"{rule}: " + ", ".join(f"{name} grows as T^{power:.2f}" for name, power in found["exponents"].items()))
+    return result
+
+
+def main(args):
+    parts = PARTS if "all" in args.parts else args.parts
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")
+    path = Path(args.out) / "bench.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts:
+        print(f"== {part} ({args.lm}, {torch.get_num_threads()} CPU threads)", flush=True)
+        found[part] = {"lm": args.lm, "result": globals()[f"bench_{part}"](args)}
+        write_atomic(path, json.dumps(found, indent=2) + "\n")
+    log(f"written: {path}")
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(arguments))
