@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from data import Example, Prompt, group_by_context, load_data
-from lm import checkpoint_layers, generate, load_lm, use_lora
+from lm import checkpoint_layers, generate, load_lm
 from model import LatentWire, WireConfig
 from rows import kept_tokens
 from store import place_values
