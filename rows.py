@@ -65,12 +65,14 @@ def _question(prompt, item, kept):
 ROWS = {
     "text": Row("Text baseline", "the prompt's token ids", _text),
     "raw": Row("Raw embeddings", "the same prompt through inputs_embeds: must equal `text` token by token", _text),
-    "anchor": Row("Anchor embeddings", 'raw, and the anchor "Answer:" after it, which every row below has too', _anchor),
+    "anchor": Row("Anchor embeddings", 'raw, and the anchor "Answer:" after it, which every row below has too',
+                  _anchor),
     "token_budget": Row("Token budget", "the user's text cut to its first M tokens", _budget, "budget"),
     "truncated": Row("Truncated context", "the first M tokens of the context, and the question", _kept, "truncated"),
     "selective": Row("Selective-Context", "the M tokens of the context that surprise the LM most, and the question",
                      _kept, "selective"),
-    "matched": Row("Nearest to the question", "the M tokens of the context that stand nearest to the question's words, and "
+    "matched": Row("Nearest to the question", "the M tokens of the context that stand nearest to the question's words, "
+                                              "and "
                    "the question", _kept, "matched"),
     "question_only": Row("Question only", "the question without its context", _question),
     "text_lora": Row("Text, LoRA on", "`anchor` read with the trained LoRA on", _anchor, lora=True),
@@ -80,9 +82,11 @@ ROWS = {
     "matched_lora": Row("Nearest to the question, LoRA on", "`matched` with it", _kept, "matched", lora=True),
     "latent": Row("**Latents**", "M latents in place of the text; latent@16 takes 16 of them whatever --latents says, "
                   "latent@int8 sends them as integers", lora=True, latents="own"),
-    "latent_shuffled": Row("Latents of another context", "the same with another context's: what is left is not carried by "
+    "latent_shuffled": Row("Latents of another context", "the same with another context's: what is left is not carried "
+                                                         "by "
                            "the wire", lora=True, latents="other"),
-    "adapter": Row("Adapter (no encoder)", "the text's embeddings resampled to M places and sent through the trained adapter "
+    "adapter": Row("Adapter (no encoder)", "the text's embeddings resampled to M places and sent through the trained "
+                                           "adapter "
                    "of an embeds wire", lora=True, latents="adapter"),
 }
 
@@ -93,7 +97,8 @@ def split_row(name):
     row, at, own = name.partition("@")
     fits = own in FORMATS or own.isdigit() and int(own) > 0
     if row not in ROWS or at and not (ROWS[row].latents in ("own", "other") and fits):
-        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 for another M, latent@int8 for "
+        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 for another M, "
+                        f"latent@int8 for "
                         "another format")
     return row, int(own) if own.isdigit() else None, own if own in FORMATS else None
 
@@ -159,7 +164,8 @@ def kept_tokens(keep, lm, prompt, items, counts, rare=None):
     if keep == "truncated":
         return [item.context[:count] for item, count in zip(items, counts)]
     if keep == "budget":
-        return [np.concatenate([prompt.head, item.context, item.question])[:count] for item, count in zip(items, counts)]
+        return [np.concatenate([prompt.head, item.context, item.question])[:count] for item,
+                count in zip(items, counts)]
     if keep == "selective":
         return most_surprising(lm, prompt, [item.context for item in items], counts)
     near = [row.cpu() for row in nearness(lm, items, rare)]
@@ -207,9 +213,10 @@ def resample(embeds, mask, M):
 
 
 def adapter_latents(wire, texts, counts):
-    """Latents of an embeds wire without its encoder: the texts' embeddings at counts[b] places through the trained adapter."""
+    """Latents of an embeds wire without its encoder: the texts' embeddings at counts[b] places through its adapter."""
     if wire.config.wire != "embeds":
-        raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train one with "
+        raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train "
+                        f"one with "
                         "--wire embeds")
     ids, M = pad(texts, PAD).to(wire.tag.device), torch.tensor(counts, device=wire.tag.device)
     base = resample(embed(wire.lm, ids), ids != PAD, M).float()
@@ -250,7 +257,8 @@ def read_latents(row, wire, items, others, M, ratio, form):
         latents = through(latents if sees is None else latents.chosen(sees), form)
     done = {"source_tokens": sum(map(len, texts))}
     if wire.config.wire == "embeds":
-        rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)]) for n, item in zip(counts, items)]
+        rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)]) for n,
+                item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
     cached = int(latents.held.sum())
     done |= {"tokens_read": cached, "latents": cached - len(layout.before) * len(items)}
@@ -275,7 +283,8 @@ def words_of(items, prompt, lm):
 
 
 @torch.no_grad()
-def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25, bar=None,
+def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25,
+                 bar=None,
                  form="fp32"):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
     trained for), the latents quantised as `form` says. Returns a dict with, per item in order, `answers`, `ids`,
@@ -301,7 +310,8 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         total.update(encode_s=time.perf_counter() - began, tokens_read=sum(map(len, rows)))
         with use_lora(lm, "reader" if row.lora else None):
             out = generate(lm, tokenizer, rows, latents, max_new_tokens, name == "text",
-                           golds=[item.answer[:-1] for item in given])  # of the first gold answer, without its end token
+                           # of the first gold answer, without its end token
+                           golds=[item.answer[:-1] for item in given])
         nll = F.cross_entropy(out.logits, out.labels, reduction="sum").item()
         total.update(prefill_s=out.prefill, decode_s=out.decode, tokens=len(out.labels), nll=nll)
         label_logit = out.logits[out.first].gather(1, out.labels[out.first, None])

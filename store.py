@@ -68,7 +68,8 @@ def through(latents, kind):
         return latents
     arrive = lambda x: dequantise(*quantise(x, kind)).to(x.dtype)
     keys, values = ([arrive(x) for x in part] if part else None for part in (latents.keys, latents.values))
-    return Latents(latents.held, latents.length, keys, values, arrive(latents.prefix) if keys is None else None, latents.place)
+    return Latents(latents.held, latents.length, keys, values, arrive(latents.prefix) if keys is None else None,
+                   latents.place)
 
 
 def place_values(lm, wire):
@@ -254,8 +255,10 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
 
 def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()}, part / "model.safetensors")
-    write_atomic(part / "config.json", json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
+    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()},
+              part / "model.safetensors")
+    write_atomic(part / "config.json",
+                 json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
     if state is not None:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")
         write_atomic(part / "state.json", json.dumps(state))
@@ -274,12 +277,13 @@ def _sha256(path):
 
 
 def read_checkpoint(folder):
-    """Check a checkpoint folder and read its config. Raises UserError when it is missing, damaged or of another format."""
+    """Check a checkpoint folder, read its config. Raises UserError if it is missing, damaged or of another format."""
     folder = Path(folder)
     if not folder.exists() and (aside := folder.with_name(folder.name + ".old")).exists():
         folder = aside  # the writer was stopped between its two renames
     if not (folder / "manifest.json").exists():
-        raise UserError(f"--ckpt {folder}: no checkpoint there; give a folder with config.json and model.safetensors, such as "
+        raise UserError(f"--ckpt {folder}: no checkpoint there; give a folder with config.json and model.safetensors, "
+                        f"such as "
                         "runs/demo/ckpt/best")
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -293,7 +297,8 @@ def read_checkpoint(folder):
             raise UserError(f"--ckpt {folder}: format {saved['format']} is {age} than this version's {FORMAT}; {mend}")
         return Checkpoint(folder, WireConfig(**saved["wire"]), saved["lm"], manifest["model.safetensors"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+        raise UserError(f"--ckpt {folder} is damaged ({type(error).__name__}: {error}); use another "
+                        "checkpoint") from None
 
 
 def read_last_good(folder):
@@ -313,7 +318,8 @@ def check_lm(saved, lm):
     mine = lm_identity(lm)
     for key, value in saved.identity.items():
         if key != "name" and mine[key] != value:
-            raise UserError(f"--ckpt {saved.folder} was trained for {saved.identity['name']} ({key} {value}), not {lm.name} "
+            raise UserError(f"--ckpt {saved.folder} was trained for {saved.identity['name']} ({key} {value}), not "
+                            f"{lm.name} "
                             f"({key} {mine[key]}); give --lm {saved.identity['name']}")
 
 

@@ -51,7 +51,8 @@ def option(default, text, *aliases):
 class Config(WireConfig):
     # data
     data: str = option("squad", "squad, synthetic, or a .json, .json.gz or .jsonl file")
-    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles are held out)")
+    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles are "
+                                "held out)")
     samples: int = option(20_000, "training questions")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
@@ -62,8 +63,8 @@ class Config(WireConfig):
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
     continuations: int | None = option(None, "stretches of the text that each row's latents must continue, beside its "
                                        "questions (default 3 where memory tokens hold the text, else 0)", "--continue")
-    ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then the "
-                              "compression")
+    ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then "
+                              "the compression")
     lr: float = option(5e-4, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
@@ -83,8 +84,8 @@ class Config(WireConfig):
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights and order")
     shard: bool = option(False, "spread the frozen LM over the processes, for one that is too large for a GPU (FSDP2)")
-    grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward pass: less "
-                                          "memory, a third more time")
+    grad_checkpoint: bool = option(False, "keep each layer's input alone and compute the rest again in the backward "
+                                          "pass: less memory, a third more time")
     log_every: int = option(10, "steps")
     eval_every: int = option(200, "steps between evaluations on the dev slice; 0: at the end alone")
     save_every: int = option(50, "steps between writes of ckpt/last")
@@ -96,8 +97,10 @@ class Config(WireConfig):
 SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, lora_rank=8, first=0.5, entropy=0.0)
 PRESETS = {
     "default": {},  # the recommended run of the specification
-    "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0, out="runs/smoke"),
-    "demo": dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, eval_samples=50, eval_every=0, log_every=5,
+    "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0,
+                  out="runs/smoke"),
+    "demo": dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, eval_samples=50, eval_every=0,
+                 log_every=5,
                  out="runs/demo"),
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
@@ -130,7 +133,8 @@ def parse_config(argv=None):
     parser.error = mistake  # argparse would print its usage, longer than a screen
     config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
-        raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0], list(parser._option_string_actions)))
+        raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0],
+                                                                            list(parser._option_string_actions)))
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
@@ -169,7 +173,8 @@ def hold_out(items, n):
     while len(names) > 1 and (len(held) < wanted or len(held) < most and sum(len(groups[name]) for name in held) < n):
         held.append(names.pop())
     flat = lambda names: [item for name in names for item in groups[name]]
-    return flat(names), flat(held), f"the last {len(held)} {'articles' if items and items[0].example.title else 'contexts'}"
+    kind = "articles" if items and items[0].example.title else "contexts"
+    return flat(names), flat(held), f"the last {len(held)} {kind}"
 
 
 def load_items(config, prompt):
@@ -184,9 +189,11 @@ def load_items(config, prompt):
     else:
         train, held, what = hold_out(prompt.items(examples), config.eval_samples)
         dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
-        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in {config.out}/held_out.jsonl")
+        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in "
+            f"{config.out}/held_out.jsonl")
         if first_process():
-            write_atomic(Path(config.out) / "held_out.jsonl", "".join(json.dumps(asdict(item.example)) + "\n" for item in held))
+            write_atomic(Path(config.out) / "held_out.jsonl",
+                         "".join(json.dumps(asdict(item.example)) + "\n" for item in held))
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
         groups = group_by_context(train)
@@ -212,10 +219,13 @@ def first_token_stats(logits, batch, tokenizer):
     top, winners = p.topk(5, dim=-1)
     renormalised = top / top.sum(-1, keepdim=True)
     return {
-        "n": len(label), "hit": (winners[:, 0] == label).sum().item(), "hit5": (winners == label[:, None]).any(1).sum().item(),
+        "n": len(label), "hit": (winners[:, 0] == label).sum().item(),
+        "hit5": (winners == label[:, None]).any(1).sum().item(),
         "max": top[:, 0].sum().item(), "second": top[:, 1].sum().item(),
-        "entropy": -torch.xlogy(p, p).sum().item(), "top5_entropy": -torch.xlogy(renormalised, renormalised).sum().item(),
-        "histogram": Counter(tokenizer.convert_tokens_to_string([token]) for token in tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())),
+        "entropy": -torch.xlogy(p, p).sum().item(),
+        "top5_entropy": -torch.xlogy(renormalised, renormalised).sum().item(),
+        "histogram": Counter(tokenizer.convert_tokens_to_string([token])
+                             for token in tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())),
     }
 
 
@@ -229,8 +239,10 @@ def memory():
     gb, index = 1e9, torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory": {"gpus": [{
-        "id": index, "allocated_gb": round(torch.cuda.memory_allocated() / gb, 2), "reserved_gb": round(torch.cuda.memory_reserved() / gb, 2),
-        "free_gb": round(free / gb, 2), "total_gb": round(total / gb, 2), "utilization_pct": round(100 * (1 - free / total), 1)}],
+        "id": index, "allocated_gb": round(torch.cuda.memory_allocated() / gb, 2),
+        "reserved_gb": round(torch.cuda.memory_reserved() / gb, 2),
+        "free_gb": round(free / gb, 2), "total_gb": round(total / gb, 2),
+        "utilization_pct": round(100 * (1 - free / total), 1)}],
         "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / gb, 2)}}
 
 
@@ -258,7 +270,8 @@ def diagnostics(window, config, name):
 def keep_steps(path, step):
     """Drop the records of a .jsonl file that are past a step: a resumed run will write them again."""
     if path.exists():
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if record.get("global_step", 0) <= step))
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in read_lines(path)
+                                   if record.get("global_step", 0) <= step))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,12 +279,14 @@ def keep_steps(path, step):
 
 def optimizer_tensors(optimizer, wire):
     """AdamW's state as {"parameter name.key": tensor}; a parameter that has had no step has none."""
-    return {f"{name}.{key}": torch.as_tensor(value) for name, p in wire.trainable().items() for key, value in optimizer.state[p].items()}
+    return {f"{name}.{key}": torch.as_tensor(value) for name, p in wire.trainable().items()
+            for key, value in optimizer.state[p].items()}
 
 
 def restore_optimizer(optimizer, wire, tensors):
     for name, p in wire.trainable().items():
-        state = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors}
+        state = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                 if f"{name}.{key}" in tensors}
         if state:
             optimizer.state[p] = {key: t.to(p.device) if key != "step" or p.is_cuda else t for key, t in state.items()}
 
@@ -291,7 +306,8 @@ def main():
             return train(config, rank, world, device, dtype, why, stack)
         except RuntimeError as error:
             if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
-                raise UserError(f"process {rank} lost another one ({' '.join(str(error).split())[:120]}); nothing after {config.out}/ckpt/last is kept: "
+                raise UserError(f"process {rank} lost another one ({' '.join(str(error).split())[:120]}); nothing "
+                                f"after {config.out}/ckpt/last is kept: "
                                 "go on with --resume, which torchrun --max_restarts=3 does by itself") from None
             raise
 
@@ -310,7 +326,8 @@ def claim(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another --out") from None
+        raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another "
+                        f"--out") from None
     except OSError:
         return lock  # a file system without locks
     lock.truncate(0)
@@ -325,7 +342,8 @@ def check_resume(config, saved, lm, path):
     for f in fields(WireConfig):
         mine, theirs = getattr(config, f.name), getattr(saved.config, f.name)
         if f.name != "lm" and str(mine) != str(theirs):
-            raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it as it was, or give another --out")
+            raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
+                            f"as it was, or give another --out")
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, value in asdict(config).items():
         if name in before and before[name] != value and name not in ("resume", "device", "lm"):
@@ -340,7 +358,8 @@ class Plan:
     def __init__(self, config, items, micro):
         self.config, self.micro, self.epochs = config, micro, {}
         self.groups, self.lengths = group_by_context(items), [len(item.context) for item in items]
-        alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"  # each question has its own
+        # each question has its own
+        alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"
         self.per_row = 1 if alone else min(config.pack, micro)
         self.ends = []  # the number of steps until each epoch's end
         for epoch in range(config.epochs):
@@ -348,7 +367,8 @@ class Plan:
 
     def _epoch(self, epoch):
         if epoch not in self.epochs:
-            self.epochs = {epoch: epoch_plan(self.groups, self.lengths, self.config.batch, self.micro, self.config.seed, epoch,
+            self.epochs = {epoch: epoch_plan(self.groups, self.lengths, self.config.batch, self.micro,
+                                             self.config.seed, epoch,
                                              self.per_row)}
         return self.epochs[epoch]
 
@@ -419,7 +439,7 @@ class Run:
             self.keep("training.log", append_line, self.out / "logs" / "training.log", text)
 
     def keep(self, what, write, *given):
-        """Write something; a full disk or a folder that became read-only must not end the training. True if it is written."""
+        """Write something; a full disk or a read-only folder must not end the training. True if it is written."""
         try:
             write(*given)
             return True
@@ -432,8 +452,8 @@ def micro_size(config, world):
     """Questions a forward pass. Raises UserError where a batch does not split evenly."""
     micro = min(config.micro_batch, max(1, config.batch // world))
     if config.batch % micro or config.batch // micro % world:
-        raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; change "
-                        "--batch or --micro_batch")
+        raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; "
+                        "change --batch or --micro_batch")
     return micro
 
 
@@ -476,7 +496,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
         begin_files(config, state.step)
 
     from tqdm import tqdm
-    bar = stack.enter_context(tqdm(total=len(plan), initial=state.step, unit="step", disable=rank != 0, dynamic_ncols=True))
+    bar = stack.enter_context(tqdm(total=len(plan), initial=state.step, unit="step", disable=rank != 0,
+                                   dynamic_ncols=True))
     model = wire
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
         DDP._set_params_and_buffers_to_ignore_for_model(
@@ -484,13 +505,17 @@ def set_up(config, rank, world, device, dtype, why, stack):
         index = [device.index] if device.type == "cuda" else None
         model = DDP(wire, device_ids=index, broadcast_buffers=False)
     autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state, bar,
+    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state,
+              bar,
               Path(lm.name).name, [])
     frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
-    run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} process(es)")
-    run.note(f"wire {config.wire}, scope {config.scope}; trainable {sum(p.numel() for p in trainable.values()):,}, frozen {frozen:,}")
-    run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of {config.batch} "
-             f"questions, micro-batches of {micro}" + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
+    run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} "
+             f"process(es)")
+    run.note(f"wire {config.wire}, scope {config.scope}; trainable {sum(p.numel() for p in trainable.values()):,}, "
+             f"frozen {frozen:,}")
+    run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of "
+             f"{config.batch} questions, micro-batches of {micro}"
+             + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
     return run
 
 
@@ -509,7 +534,8 @@ def kept_of(run, items, M):
     it is done once for each text and number; not with a sharded LM, which all processes must run equally often."""
     config, wire = run.config, run.wire
     counts = [wire.stored(len(item.context), M) for item in items]
-    keep = lambda which: kept_tokens(config.keep, run.lm, wire.prompt, [items[i] for i in which], [counts[i] for i in which],
+    keep = lambda which: kept_tokens(config.keep, run.lm, wire.prompt, [items[i] for i in which],
+                                     [counts[i] for i in which],
                                      wire.rarity)
     if config.keep != "selective" or config.shard:
         return keep(range(len(items)))
@@ -554,7 +580,8 @@ def train_step(run, progress, window):
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         run.note(f"step {state.step + 1}: gradient norm {norm.item()}, step skipped ({state.skipped} so far)")
         if state.skipped_in_a_row == 10:
-            raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in {run.out}/ckpt/last. Lower --lr")
+            raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in "
+                            f"{run.out}/ckpt/last. Lower --lr")
     run.optimizer.zero_grad(set_to_none=True)
     return norm.item(), asked
 
@@ -570,18 +597,22 @@ def log_steps(run, window, norm, seconds):
     record = diagnostics(sum(windows, []), config, run.name)
     questions = sum(size for every in windows for size, *_ in every)
     epoch, epoch_step = run.plan.where(state.step - 1)
-    record = {"epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen, "grad_norm": norm,
+    record = {"epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
+        "grad_norm": norm,
               "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
               "samples_per_sec": questions / seconds, "skipped_steps": state.skipped, **record, **memory()}
     run.keep("train_diagnostics.jsonl", append_line, run.out / "logs" / "train_diagnostics.jsonl", json.dumps(record))
     inner, (word, count) = record["models"][run.name], record["dominant_predictions"][0]
-    line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct {len(inner['prediction_histogram'])}/{questions} "
+    line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct "
+            f"{len(inner['prediction_histogram'])}/{questions} "
             f"{questions / seconds:.1f} q/s")
     left = f" {max(0.0, config.minutes - state.elapsed / 60):.1f} min left" if config.minutes else ""
     run.bar.set_postfix_str(line + left)
-    run.keep("training.log", append_line, run.out / "logs" / "training.log", f"step {state.step}: {line} grad_norm {norm:.2f}")
+    run.keep("training.log", append_line, run.out / "logs" / "training.log", f"step {state.step}: {line} grad_norm "
+                                                                             f"{norm:.2f}")
     if count > 0.9 * questions and questions >= 32:
-        run.note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or --first")
+        run.note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or "
+                 f"--first")
 
 
 class Stopped(Exception):
@@ -617,13 +648,15 @@ def evaluate(run):
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
-    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)  # an evaluation that was killed after its record
+    # an evaluation that was killed after its record
+    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)
     run.keep("metrics_history.jsonl", append_line, history, json.dumps(record))
     low, high = scores["f1_ci95"]
     run.note(f"step {state.step}: dev {row} F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM "
              f"{100 * scores['em']:.1f}, {scores['distinct_first_words']} distinct first words of {len(run.dev)}")
     best = run.out / "ckpt" / "best"
-    if scores["f1"] > state.best_f1 and run.keep("ckpt/best", save_checkpoint, best, run.wire, None, None, torch.float16):
+    if scores["f1"] > state.best_f1 and run.keep("ckpt/best", save_checkpoint, best, run.wire, None, None,
+                                                 torch.float16):
         state.best_f1 = scores["f1"]
 
 
@@ -682,17 +715,20 @@ def finish(run, stopped):
         stopped = bool(run.stopping)
     if stopped:
         if not save(run):
-            raise UserError(f"stopped by signal at step {state.step} and not saved; the last checkpoint that is whole is in {out}/ckpt")
+            raise UserError(f"stopped by signal at step {state.step} and not saved; the last checkpoint that is whole "
+                            f"is in {out}/ckpt")
         run.note(f"stopped by signal at step {state.step}, saved; go on with --resume")
         return 130 if signal.SIGINT in run.stopping else 0
     if not state.finished:
         state.finished = state.best_f1 >= 0 or not run.master
         if not save(run) or not state.finished:
-            raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with --resume")
+            raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with "
+                            f"--resume")
     run.bar.close()
     unseen = out / "held_out.jsonl"
     unseen = unseen if unseen.exists() else run.config.eval_data or run.config.data
-    log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt {out}/ckpt/best "
+    log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt "
+        f"{out}/ckpt/best "
         f"--data {unseen}")
     return 0
 
