@@ -46,8 +46,7 @@ def log(message):
 
 
 def run_main(main):
-    """Run a script's main(): a UserError, or a file that the system refuses, becomes one line and exit code 2, Ctrl-C
-    exit code 130."""
+    """Run a script's main(): a UserError, or a file the system refuses, is one line and exit code 2, Ctrl-C 130."""
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
@@ -56,8 +55,8 @@ def run_main(main):
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a smaller "
-              "model", file=sys.stderr)
+        print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a "
+              "smaller model", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -59,7 +59,6 @@ class Example:
 
 def load_data(source, split="train", samples=None, seed=0):
     """The list of Examples of `source`: "squad", "synthetic" or a path (then `split` does not matter).
-
     With `samples`, that many are drawn without replacement in an order that depends on the seed alone; more than
     there are means all of them, with a notice. Raises UserError for anything that cannot be read."""
     if samples is not None and samples < 1:
@@ -112,7 +111,7 @@ def _read_squad_json(path, text):
         root = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); one object a line belongs in a .jsonl "
-                        f"file") from None
+                        "file") from None
     if not isinstance(root, dict) or "data" not in root:
         raise UserError(f"{path} has no key 'data' at its top; SQuAD layout is data > paragraphs > context, qas")
     examples, unanswerable = [], 0
@@ -138,7 +137,7 @@ def _read_squad_json(path, text):
 
 
 def _read_jsonl(path, text):
-    """Each line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str}; id, title if any."""
+    """A line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str}; id, title if any."""
     examples, unanswerable = [], 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -203,33 +202,27 @@ def download_squad(split):
 
 FIRST = {
     "train": "Anna Boris Clara David Elena Felix Greta Hassan Irene Jonas Karin Leon Maria Nils Olga Pablo Rosa Simon "
-             "Tessa "
-             "Victor Wanda Yusuf Zoe Adam Berta Carlos Diana Emil Frida Georg Helena Ivan Julia Kurt Laura Marco Nadia "
-             "Oscar".split(),
+             "Tessa Victor Wanda Yusuf Zoe Adam Berta Carlos Diana Emil Frida Georg Helena Ivan Julia Kurt Laura Marco "
+             "Nadia Oscar".split(),
     "dev": "Arthur Bianca Cyril Doris Edgar Flora Gustav Hilda Isaac Joanna Kamil Lydia Martin Nora Otto Petra Rafael "
-           "Sonia "
-           "Tobias Ursula Vera Walter Xenia Yvonne".split(),
+           "Sonia Tobias Ursula Vera Walter Xenia Yvonne".split(),
 }
 LAST = {
     "train": "Adler Becker Castro Dahl Eriksen Fischer Garcia Hoffman Ibsen Jansen Keller Lindberg Moreau Novak Olsen "
-             "Petrov "
-             "Quinn Rossi Schmidt Tanaka Ulrich Vargas Weber Yamada Ziegler Andersen Bauer Costa Dubois Engel Ferrari "
-             "Gomez".split(),
+             "Petrov Quinn Rossi Schmidt Tanaka Ulrich Vargas Weber Yamada Ziegler Andersen Bauer Costa Dubois Engel "
+             "Ferrari Gomez".split(),
     "dev": "Archer Bianchi Coleman Dvorak Ellison Fontaine Graham Haas Ingram Jokinen Kaplan Lombard Marsh Nygaard "
-           "Osborne "
-           "Palmer Ramos Sanders Thorne Underwood Valdez Whitman".split(),
+           "Osborne Palmer Ramos Sanders Thorne Underwood Valdez Whitman".split(),
 }
 VALUES = {
     "city": "Lisbon Madrid Vienna Prague Dublin Oslo Athens Warsaw Budapest Geneva Naples Hamburg Toronto Chicago "
-            "Boston Denver "
-            "Seattle Montreal Kyoto Osaka Sydney Cairo Nairobi Lima Bogota Santiago Delhi Mumbai Seoul Bangkok "
-            "Helsinki Rome".split(),
+            "Boston Denver Seattle Montreal Kyoto Osaka Sydney Cairo Nairobi Lima Bogota Santiago Delhi Mumbai Seoul "
+            "Bangkok Helsinki Rome".split(),
     "job": "painter;surgeon;teacher;lawyer;pilot;chemist;baker;poet;carpenter;butcher;farmer;violinist;journalist;"
-           "goldsmith;"
-           "sculptor;biologist;geologist;translator;librarian;photographer;dentist;sailor;tailor;historian".split(";"),
-    "prize": "Nobel Prize;Booker Prize;Fields Medal;Turing Award;Pulitzer Prize;Abel Prize;Wolf Prize;Balzan "
-             "Prize;Crafoord Prize;"
-             "Kyoto Prize;Holberg Prize;Shaw Prize;Lasker Award;Pritzker Prize".split(";"),
+           "goldsmith;sculptor;biologist;geologist;translator;librarian;photographer;dentist;sailor;tailor;"
+           "historian".split(";"),
+    "prize": "Nobel Prize;Booker Prize;Fields Medal;Turing Award;Pulitzer Prize;Abel Prize;Wolf Prize;Balzan Prize;"
+             "Crafoord Prize;Kyoto Prize;Holberg Prize;Shaw Prize;Lasker Award;Pritzker Prize".split(";"),
     "year": [str(year) for year in range(1901, 1990)],
     "sport": "tennis;chess;rowing;fencing;cycling;skiing;golf;boxing;sailing;swimming;archery;rugby;hockey;"
              "badminton".split(";"),
@@ -267,8 +260,7 @@ def synthetic(split, samples, seed=0):
         people = [f"{first} {last}" for first, last in
                   zip(rng.sample(FIRST[split], rng.randint(2, 4)), rng.sample(LAST[split], 4))]
         kinds = rng.sample(sorted(FACTS), rng.randint(2, 3))
-        sentences, asked = [], []
-        taken = set()  # no value twice in a passage, so that a right answer names one person's fact
+        sentences, asked, taken = [], [], set()  # no value twice in a passage: a right answer names one person's fact
         for kind in kinds:
             values, phrasings, questions = FACTS[kind]
             chosen = rng.sample([value for value in VALUES[values] if value not in taken], len(people))
@@ -325,19 +317,18 @@ class Prompt:
                                 "plain")
             user = "\u241fuser\u241f"  # marks where the user's text goes in the rendered template
             try:
-                rendered = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM},
-                                                          {"role": "user", "content": user}],
-                                                         tokenize=False, add_generation_prompt=True)
+                messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+                rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
                 before, after = rendered.split(user)
             except Exception as error:  # whatever its template raises
-                raise UserError(f"--prompt chat: this tokenizer's template does not take a system and a user message "
+                raise UserError("--prompt chat: this tokenizer's template does not take a system and a user message "
                                 f"({error}); use --prompt plain") from None
             self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids)
                                    for part in (before, after))
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
         self.head, self.anchor, self.cue = map(self.tokenize, ("Context:", "Answer:", "\nContinue:"))
-        # what stands around every question
+        # around every question
         self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
@@ -360,7 +351,7 @@ class Prompt:
         for text in texts:
             digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
         path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"
-        # not there or damaged: made anew
+        # then made anew
         with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(path) as kept:
                 rows = np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])
@@ -477,8 +468,7 @@ def pack(rows, starts=None):
     import torch
     ids, position, segment, targets = [], [], [], [[], []]
     for r, (prefix, questions, continuations) in enumerate(rows):
-        start = starts[r] if starts else 0
-        at = len(prefix)
+        start, at = starts[r] if starts else 0, len(prefix)
         parts, places, segments = [prefix], [start + np.arange(at)], [np.zeros(at, int)]
         kinds = [(targets[0], q) for q in questions] + [(targets[1], c) for c in continuations]
         for s, (found, (text, answer)) in enumerate(kinds, 1):
@@ -554,12 +544,8 @@ def lay_source(before, texts, counts, chunk, rarity):
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
-    """One epoch's order: a list of steps, each a list of micro-batches, each a list of rows, each a list of item
-    numbers.
-
-    A pure function of its arguments, so a run restarts anywhere in it without replaying, and processes that take
-    every n-th micro-batch of a step are disjoint and together the same for any number of processes.
-
+    """One epoch's order, a function of the arguments alone: a list of steps, each a list of micro-batches, each a list
+    of rows, each a list of item numbers.
     groups: item numbers that may share a row (the questions of one paragraph); lengths: an item's length, for
     bucketing. A micro-batch holds at most `micro` questions, a step batch/micro micro-batches of like length; what
     does not fill a step is left out of the epoch, by chance, so that no length is left out of all of them."""
@@ -594,7 +580,7 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
         steps += [micros[i:i + per_step] for i in range(0, len(micros), per_step)]
     if not steps:
         raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give "
-                        f"more")
+                        "more")
     rng.shuffle(steps)
     return steps
 

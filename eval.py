@@ -33,16 +33,13 @@ def parse_args(argv=None):
     add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
-    add("--max_prompt_tokens", type=int, help="cut contexts from the right to fit (default: the checkpoint's, else "
-                                              "1024)")
+    add("--max_prompt_tokens", type=int, help="contexts are cut to fit (default: the checkpoint's, else 1024)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
-                                    "scope asked "
-                                    "how densely a document is stored")
+                                    "scope asked how densely a document is stored")
     add("--format", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how latents travel (default fp32)")
     add("--upper", help="run of a wire trained with --wire tokens --keep all and evaluated on the same questions: "
-                        "prints the "
-                        "retention")
+                        "prints the retention")
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
@@ -100,8 +97,7 @@ def table(metrics, name):
         f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
         versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
         lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>11}"
-                     f"{s['nll_token']:>9.2f}"
-                     f"{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
+                     f"{s['nll_token']:>9.2f}{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
     return "\n".join(lines)
 
 
@@ -161,12 +157,10 @@ def read_upper(folder, fingerprint):
     same = all(metrics["fingerprint"][key] == fingerprint[key] for key in ("lm", "data", "prompt"))
     if not same or metrics.get("own_row") != "text_lora":
         raise UserError(f"--upper {folder} must be a run of --wire tokens --keep all, evaluated on the same LM, prompt "
-                        f"and "
-                        "questions")
+                        "and questions")
     if len(records) < metrics["samples"]:
         raise UserError(f"--upper {folder} holds only {len(records)} of its {metrics['samples']} predictions; evaluate "
-                        f"its "
-                        "checkpoint again")
+                        "its checkpoint again")
     return [record["text_lora"] for record in records]
 
 
@@ -228,8 +222,8 @@ def choose_rows(mode, config):
     own = rows_of(config) if config else [name for name, row in ROWS.items() if not row.trained]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
-            log(f"notice: {', '.join(missing)} are left out: " + (f"--wire {config.wire} has none" if config
-                                                                  else "without --ckpt"))
+            why = f"--wire {config.wire} has none" if config else "without --ckpt"
+            log(f"notice: {', '.join(missing)} are left out: {why}")
         return own
     rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))
     for name in rows:
@@ -298,7 +292,7 @@ def begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dty
 
 
 def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
-    """Answer every row, writing the files after each: an interrupted call keeps them. Returns lines that compare."""
+    """Answer every row, writing the files after each: an interrupted call keeps them. Returns what `compare` says."""
     from tqdm import tqdm
     name, fingerprint, comparison = metrics["lm"], metrics["fingerprint"], []
     upper = read_upper(args.upper, fingerprint) if args.upper else None
@@ -306,8 +300,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
         for row in rows:
             bar.set_description(row)
             result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
-                                  fingerprint["ratio"],
-                                  args.max_new_tokens, args.batch, bar, args.format)
+                                  fingerprint["ratio"], args.max_new_tokens, args.batch, bar, args.format)
             place_row(metrics, row, name, result)
             if row == "latent":
                 describe_latents(metrics, name, result, prompt, items, wire, args.format)
@@ -361,8 +354,8 @@ def main():
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
     fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style,
-                   "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "ratio": ratio, "format": args.format, "max_new_tokens": args.max_new_tokens}
+                   "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio, "format": args.format,
+                   "max_new_tokens": args.max_new_tokens}
     metrics, records = read_earlier(out / "eval", fingerprint)
     if saved and metrics.get("ckpt_sha256") != saved.checksum:
         forget_wire(metrics, records)
@@ -378,8 +371,8 @@ def main():
         chance = synthetic_chance([item.example for item in items])
         lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
     if first_process():
-        print(json.dumps(metrics, indent=2) if args.json else "\n".join([*lines, *comparison, f"written to "
-                                                                                              f"{out / 'eval'}"]))
+        lines += [*comparison, f"written to {out / 'eval'}"]
+        print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
     if args.shard:
         dist.destroy_process_group()
 

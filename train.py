@@ -5,8 +5,8 @@ Train a wire: the LoRA sets of encoder and reader in one frozen LM.
     torchrun --nproc_per_node=4 train.py                         # Llama-3.1-8B and SQuAD, one node with 4 GPUs
     torchrun --nproc_per_node=2 train.py --preset demo           # two CPU processes (gloo)
     python train.py --preset squad --data train-v1.1.json.gz     # SmolLM2-135M on CPU, real SQuAD, an hour
-    python train.py --preset squad --wire tokens --keep all      # the rival that reads the whole text, for the same
-    time python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
+    python train.py --preset squad --wire tokens --keep all      # the rival that reads all of the text
+    python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
 
 Every value below is a flag. Writes OUT/config.json, OUT/logs/training.log, OUT/logs/train_diagnostics.jsonl,
 OUT/eval/metrics_history.jsonl, OUT/ckpt/last and OUT/ckpt/best (by dev F1).
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
 from data import Prompt, epoch_plan, group_by_context, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
-from model import LatentWire, WireConfig, budgets, check_config
+from model import LatentWire, WireConfig, budgets, check_config, option
 from rows import evaluate_row, kept_tokens, own_row, summary
 from store import check_lm, load_trained, read_last_good, save_checkpoint
 
@@ -43,16 +43,11 @@ except ImportError:  # Windows: no locks, no peak memory
     fcntl = resource = None
 
 
-def option(default, text, *aliases):
-    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
-
-
 @dataclass
 class Config(WireConfig):
     # data
     data: str = option("squad", "squad, synthetic, or a .json, .json.gz or .jsonl file")
-    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles are "
-                                "held out)")
+    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles)")
     samples: int = option(20_000, "training questions")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
@@ -100,8 +95,7 @@ PRESETS = {
     "smoke": dict(samples=640, batch=64, epochs=2, first=0.5, kce=0.5, kd=0.5, entropy=0.0, eval_every=0,
                   out="runs/smoke"),
     "demo": dict(SMOLLM, data="synthetic", samples=4000, epochs=4, minutes=5.5, eval_samples=50, eval_every=0,
-                 log_every=5,
-                 out="runs/demo"),
+                 log_every=5, out="runs/demo"),
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
 
@@ -133,8 +127,8 @@ def parse_config(argv=None):
     parser.error = mistake  # argparse would print its usage, longer than a screen
     config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
-        raise UserError(f"{unknown[0]} is not a flag of train.py" + nearest(unknown[0],
-                                                                            list(parser._option_string_actions)))
+        hint = nearest(unknown[0], list(parser._option_string_actions))
+        raise UserError(f"{unknown[0]} is not a flag of train.py" + hint)
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
@@ -192,8 +186,8 @@ def load_items(config, prompt):
         log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in "
             f"{config.out}/held_out.jsonl")
         if first_process():
-            write_atomic(Path(config.out) / "held_out.jsonl",
-                         "".join(json.dumps(asdict(item.example)) + "\n" for item in held))
+            lines = "".join(json.dumps(asdict(item.example)) + "\n" for item in held)
+            write_atomic(Path(config.out) / "held_out.jsonl", lines)
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
         groups = group_by_context(train)
@@ -202,8 +196,8 @@ def load_items(config, prompt):
     elif config.samples > len(train):
         log(f"notice: {config.samples} samples asked for, {len(train)} are there: using all of them")
     if not train or not dev:
-        raise UserError(f"--data {config.data} leaves {len(train)} training and {len(dev)} dev questions; give more "
-                        "data")
+        raise UserError(f"--data {config.data} leaves {len(train)} training and {len(dev)} dev questions; give "
+                        "more data")
     prompt.report_cuts(config.data)
     return train, dev
 
@@ -217,15 +211,14 @@ def first_token_stats(logits, batch, tokenizer):
     first = batch.step[:n] == 0
     p, label = logits[first].float().softmax(-1), batch.label[:n][first]
     top, winners = p.topk(5, dim=-1)
-    renormalised = top / top.sum(-1, keepdim=True)
+    share = top / top.sum(-1, keepdim=True)
+    words = tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())
     return {
         "n": len(label), "hit": (winners[:, 0] == label).sum().item(),
-        "hit5": (winners == label[:, None]).any(1).sum().item(),
-        "max": top[:, 0].sum().item(), "second": top[:, 1].sum().item(),
-        "entropy": -torch.xlogy(p, p).sum().item(),
-        "top5_entropy": -torch.xlogy(renormalised, renormalised).sum().item(),
-        "histogram": Counter(tokenizer.convert_tokens_to_string([token])
-                             for token in tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())),
+        "hit5": (winners == label[:, None]).any(1).sum().item(), "max": top[:, 0].sum().item(),
+        "second": top[:, 1].sum().item(), "entropy": -torch.xlogy(p, p).sum().item(),
+        "top5_entropy": -torch.xlogy(share, share).sum().item(),
+        "histogram": Counter(tokenizer.convert_tokens_to_string([word]) for word in words),
     }
 
 
@@ -236,14 +229,12 @@ def memory():
             return {}
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
         return {"host_memory": {"peak_rss_gb": round(kib / 2**20, 2)}}
-    gb, index = 1e9, torch.cuda.current_device()
+    gb, index = lambda count: round(count / 1e9, 2), torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info()
     return {"gpu_memory": {"gpus": [{
-        "id": index, "allocated_gb": round(torch.cuda.memory_allocated() / gb, 2),
-        "reserved_gb": round(torch.cuda.memory_reserved() / gb, 2),
-        "free_gb": round(free / gb, 2), "total_gb": round(total / gb, 2),
-        "utilization_pct": round(100 * (1 - free / total), 1)}],
-        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / gb, 2)}}
+        "id": index, "allocated_gb": gb(torch.cuda.memory_allocated()), "reserved_gb": gb(torch.cuda.memory_reserved()),
+        "free_gb": gb(free), "total_gb": gb(total), "utilization_pct": round(100 * (1 - free / total), 1)}],
+        "peak_allocated_gb": gb(torch.cuda.max_memory_allocated())}}
 
 
 def diagnostics(window, config, name):
@@ -270,8 +261,8 @@ def diagnostics(window, config, name):
 def keep_steps(path, step):
     """Drop the records of a .jsonl file that are past a step: a resumed run will write them again."""
     if path.exists():
-        write_atomic(path, "".join(json.dumps(record) + "\n" for record in read_lines(path)
-                                   if record.get("global_step", 0) <= step))
+        kept = [record for record in read_lines(path) if record.get("global_step", 0) <= step]
+        write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -307,8 +298,8 @@ def main():
         except RuntimeError as error:
             if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
                 raise UserError(f"process {rank} lost another one ({' '.join(str(error).split())[:120]}); nothing "
-                                f"after {config.out}/ckpt/last is kept: "
-                                "go on with --resume, which torchrun --max_restarts=3 does by itself") from None
+                                f"after {config.out}/ckpt/last is kept: go on with --resume, which torchrun "
+                                "--max_restarts=3 does by itself") from None
             raise
 
 
@@ -327,7 +318,7 @@ def claim(out):
     except BlockingIOError:
         lock.seek(0)
         raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another "
-                        f"--out") from None
+                        "--out") from None
     except OSError:
         return lock  # a file system without locks
     lock.truncate(0)
@@ -343,7 +334,7 @@ def check_resume(config, saved, lm, path):
         mine, theirs = getattr(config, f.name), getattr(saved.config, f.name)
         if f.name != "lm" and str(mine) != str(theirs):
             raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
-                            f"as it was, or give another --out")
+                            "as it was, or give another --out")
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, value in asdict(config).items():
         if name in before and before[name] != value and name not in ("resume", "device", "lm"):
@@ -352,14 +343,12 @@ def check_resume(config, saved, lm, path):
 
 class Plan:
     """What every step of a run reads, a function of its number alone: so a run goes on anywhere without replaying,
-    and processes that take every n-th micro-batch of a step are disjoint and together the same for any number of
-    them."""
+    and processes that take every n-th micro-batch of a step read together the same, however many there are."""
 
     def __init__(self, config, items, micro):
         self.config, self.micro, self.epochs = config, micro, {}
         self.groups, self.lengths = group_by_context(items), [len(item.context) for item in items]
-        # each question has its own
-        alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"
+        alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"  # a row a question
         self.per_row = 1 if alone else min(config.pack, micro)
         self.ends = []  # the number of steps until each epoch's end
         for epoch in range(config.epochs):
@@ -368,8 +357,7 @@ class Plan:
     def _epoch(self, epoch):
         if epoch not in self.epochs:
             self.epochs = {epoch: epoch_plan(self.groups, self.lengths, self.config.batch, self.micro,
-                                             self.config.seed, epoch,
-                                             self.per_row)}
+                                             self.config.seed, epoch, self.per_row)}
         return self.epochs[epoch]
 
     def __len__(self):
@@ -506,11 +494,10 @@ def set_up(config, rank, world, device, dtype, why, stack):
         model = DDP(wire, device_ids=index, broadcast_buffers=False)
     autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state,
-              bar,
-              Path(lm.name).name, [])
+              bar, Path(lm.name).name, [])
     frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
     run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} "
-             f"process(es)")
+             "process(es)")
     run.note(f"wire {config.wire}, scope {config.scope}; trainable {sum(p.numel() for p in trainable.values()):,}, "
              f"frozen {frozen:,}")
     run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of "
@@ -535,8 +522,7 @@ def kept_of(run, items, M):
     config, wire = run.config, run.wire
     counts = [wire.stored(len(item.context), M) for item in items]
     keep = lambda which: kept_tokens(config.keep, run.lm, wire.prompt, [items[i] for i in which],
-                                     [counts[i] for i in which],
-                                     wire.rarity)
+                                     [counts[i] for i in which], wire.rarity)
     if config.keep != "selective" or config.shard:
         return keep(range(len(items)))
     keys = [(item.context.tobytes(), count) for item, count in zip(items, counts)]
@@ -580,7 +566,7 @@ def train_step(run, progress, window):
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         run.note(f"step {state.step + 1}: gradient norm {norm.item()}, step skipped ({state.skipped} so far)")
         if state.skipped_in_a_row == 10:
-            raise UserError(f"ten steps in a row were not finite; the last good checkpoint is kept in "
+            raise UserError("ten steps in a row were not finite; the last good checkpoint is kept in "
                             f"{run.out}/ckpt/last. Lower --lr")
     run.optimizer.zero_grad(set_to_none=True)
     return norm.item(), asked
@@ -598,21 +584,19 @@ def log_steps(run, window, norm, seconds):
     questions = sum(size for every in windows for size, *_ in every)
     epoch, epoch_step = run.plan.where(state.step - 1)
     record = {"epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
-        "grad_norm": norm,
-              "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
+              "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
               "samples_per_sec": questions / seconds, "skipped_steps": state.skipped, **record, **memory()}
     run.keep("train_diagnostics.jsonl", append_line, run.out / "logs" / "train_diagnostics.jsonl", json.dumps(record))
     inner, (word, count) = record["models"][run.name], record["dominant_predictions"][0]
     line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct "
-            f"{len(inner['prediction_histogram'])}/{questions} "
-            f"{questions / seconds:.1f} q/s")
+            f"{len(inner['prediction_histogram'])}/{questions} {questions / seconds:.1f} q/s")
     left = f" {max(0.0, config.minutes - state.elapsed / 60):.1f} min left" if config.minutes else ""
     run.bar.set_postfix_str(line + left)
-    run.keep("training.log", append_line, run.out / "logs" / "training.log", f"step {state.step}: {line} grad_norm "
-                                                                             f"{norm:.2f}")
+    done = f"step {state.step}: {line} grad_norm {norm:.2f}"
+    run.keep("training.log", append_line, run.out / "logs" / "training.log", done)
     if count > 0.9 * questions and questions >= 32:
         run.note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or "
-                 f"--first")
+                 "--first")
 
 
 class Stopped(Exception):
@@ -648,8 +632,7 @@ def evaluate(run):
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
-    # an evaluation that was killed after its record
-    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)
+    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)  # of one that was killed after its record
     run.keep("metrics_history.jsonl", append_line, history, json.dumps(record))
     low, high = scores["f1_ci95"]
     run.note(f"step {state.step}: dev {row} F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM "
@@ -723,13 +706,11 @@ def finish(run, stopped):
         state.finished = state.best_f1 >= 0 or not run.master
         if not save(run) or not state.finished:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with "
-                            f"--resume")
+                            "--resume")
     run.bar.close()
-    unseen = out / "held_out.jsonl"
-    unseen = unseen if unseen.exists() else run.config.eval_data or run.config.data
+    unseen = held if (held := out / "held_out.jsonl").exists() else run.config.eval_data or run.config.data
     log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt "
-        f"{out}/ckpt/best "
-        f"--data {unseen}")
+        f"{out}/ckpt/best --data {unseen}")
     return 0
 
 
