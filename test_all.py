@@ -741,13 +741,6 @@ def run(*command, code=0, **options):
     return out
 
 
-def run(*command, code=0, **options):
-    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
-                         **{"stdin": subprocess.DEVNULL, **options})
-    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
-    return out
-
-
 # ------------------------------------------------------------------------------------------------
 # Running the scripts
 #
