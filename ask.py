@@ -3,7 +3,7 @@ Ask a document of any length: its text is encoded into latents once, then every 
 
     python ask.py --ckpt CKPT --context FILE.txt                                 # questions from the terminal
     python ask.py --ckpt CKPT --context FILE.txt --question "Who wrote it?"      # CKPT: such as runs/demo/ckpt/best
-    python ask.py --ckpt CKPT --context FILE.txt --question "..." --inspect      # where latents look, what they hold
+    python ask.py --ckpt CKPT --context FILE.txt --question "..." --inspect      # what is kept, and looked at
     python ask.py --ckpt CKPT --context FILE.txt --save doc.safetensors          # the document as latents
     python ask.py --ckpt CKPT --load doc.safetensors --question "..."            # needs nothing of the text
     python ask.py --ckpt CKPT --load a.safetensors b.safetensors                 # says whose memory it looked at
@@ -14,8 +14,6 @@ Answers go to stdout, everything else to stderr.
 import os
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from common import Parser, UserError, log, run_main
@@ -30,7 +28,7 @@ def parse_args(argv=None):
                        "several an answer names the one that it looked at most")
     asked = p.add_argument_group("the question")
     asked.add_argument("--question", help="asked once (default: questions, one a line, from the terminal or stdin)")
-    asked.add_argument("--inspect", action="store_true", help="show what latents look at and what the answer rests on")
+    asked.add_argument("--inspect", action="store_true", help="show which tokens are kept and what the answer rests on")
     asked.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     size = p.add_argument_group("the latents")
     size.add_argument("--latents", type=int, help="M (default: the checkpoint's); in scope asked what a question sees")
@@ -53,10 +51,10 @@ import torch.nn.functional as F
 
 from data import LATENT, Example, Prompt, whole
 from export import export
-from lm import generate, head, lm_identity, load_lm, use_lora
+from lm import embed, generate, importance, lm_identity, load_lm, use_lora
 from model import budgets
-from store import (Document, chunks, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
-                   read_checkpoint, save_document, seen)
+from store import (Document, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
+                   read_checkpoint, save_document)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -74,96 +72,56 @@ def answer(wire, latents, item, max_new_tokens, said=None):
         return generate(wire.lm, wire.prompt.tokenizer, [row], given, max_new_tokens, golds=said and [said])
 
 
-def log_probability(wire, latents, item, said, without=None):
-    """Log-probability of the answer `said` (token ids); `without` the latent of that number."""
-    if without is not None:
-        H, held = len(wire.layout.before), latents.held
-        stay = torch.arange(held.shape[1], device=held.device) != H + without
-        latents = latents.chosen(held & stay) if latents.keys else replace(latents, prefix=latents.prefix[:, stay[H:]])
-    scored = answer(wire, latents, item, 1, said)
-    return -F.cross_entropy(scored.logits, scored.labels, reduction="sum").item()
-
-
-@contextmanager
-def watched(lm):
-    """Inside, the LM shows where it looks: yields a list that gets of each pass the attention (B, S, N), its mean over
-    the heads and the upper half of the layers, and the last hidden states (B, S, d)."""
-    found, before = [], lm.config._attn_implementation
-
-    def added(mask):  # eager attention adds its mask
-        if mask is None or mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
-
-    def ask(module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        mask = {kind: added(part) for kind, part in mask.items()} if isinstance(mask, dict) else added(mask)
-        return args, kwargs | {"attention_mask": mask, "output_attentions": True}
-
-    def keep(module, args, out):
-        upper = out.attentions[len(out.attentions) // 2:]
-        found.append((sum(layer.float().mean(1) for layer in upper) / len(upper), out.last_hidden_state))
-
-    hooks = lm.model.register_forward_pre_hook(ask, with_kwargs=True), lm.model.register_forward_hook(keep)
-    lm.set_attn_implementation("eager")  # the one that returns its weights
-    try:
-        yield found
-    finally:
-        lm.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
+def needs(wire, latents, item):
+    """How much the answer's first token needs each of Latents (B = 1): (heads, M) a layer."""
+    H, N, lm = len(wire.layout.before), latents.held.shape[1], wire.lm
+    row, cached = wire.layout.after(item), latents
+    if latents.keys is None:
+        row, cached = np.concatenate([wire.layout.before, np.full(N - H, LATENT), row]), None
+    ids = torch.from_numpy(row)[None].long().to(lm.device)
+    asking = torch.arange(ids.shape[1], device=lm.device)[None] == ids.shape[1] - 1
+    embeds = embed(lm, ids, latents.prefix)
+    return [layer[0, :, H:N] for layer in importance(lm, embeds, asking | True, cached, asking, "reader")]
 
 
 # ------------------------------------------------------------------------------------------------
 # Inspection
 
-def look(wire, text, count):
-    """([(begin, end, [(token number, share), ...], hidden (d,)), ...], sums (T,)) of a text's `count` latents: each
-    one's window, the tokens it attends to most, their shares of what goes to the text, its last hidden state; and the
-    shares' sums."""
-    H, found, total = len(wire.layout.before), [], torch.zeros(len(text))
-    for begin, end, starts, source in chunks(wire, text, count):
-        with watched(wire.lm) as passes:
-            wire.encode(source)
-        (attention, hidden), at = passes[0], source.taken[0, H:]
-        attention = attention[0, at, H:H + end - begin].cpu()
-        attention = attention / attention.sum(1, keepdim=True)
-        total[begin:end] += attention.sum(0)
-        weight, where = attention.topk(min(4, end - begin))
-        most = [list(zip(*pair)) for pair in zip((where + begin).tolist(), weight.tolist())]
-        found += zip(starts, [*starts[1:], end], most, hidden[0, at])
-    return found, total
+def of_tokens(latents, T, before, weights=None):
+    """(T,) shares of Latents (B = 1) by the token of the text that each is: of their number, or of weights ((heads,
+    M) a layer)."""
+    share = torch.zeros(T, device=latents.held.device)
+    for layer in range(len(weights or latents.kept)):
+        token = latents.kept[layer % len(latents.kept)][0, :, before:] - before       # (heads or 1, M)
+        weight = torch.ones_like(token, dtype=torch.float) if weights is None else weights[layer]
+        share.index_add_(0, token.expand(weight.shape).flatten(), weight.flatten())
+    return (share / share.sum()).cpu()
 
 
-def inspect(wire, document, latents, picked, item, max_new_tokens):
-    """Print where a document's latents look, what they hold, and what the answer to an item's question rests on.
-    picked: the numbers of those latents that the question sees."""
+def inspect(wire, document, latents, item, max_new_tokens):
+    """Print which tokens of a document are kept, and which of them the answer to an item's question rests on. latents:
+    those of the document that the question sees."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    tokenizer, ids, M = wire.prompt.tokenizer, document.ids, len(picked)
+    tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
     words = [printable(tokenizer.decode([token])) for token in ids]
-    text = lambda begin, end: "".join(words[begin:end]).strip()
-    found, total = look(wire, ids, document.latents.held.shape[1] - document.before)
-    print(f"{len(ids)} tokens in {len(found)} latents, {M} of which the question sees. "
-          f"{'Shaded' if colour else 'Marked · + * #'} by how much attention a token gets from all of them:\n")
+    M, kept = latents.held.shape[1] - before, len(latents.kept) > 1
+    print(f"{len(ids)} tokens, {M} of which {'each head keeps' if kept else 'the question sees'}. "
+          f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
+    often = of_tokens(latents, len(ids), before)
     shade = lambda word, n: f"\x1b[48;5;{16 + n}m\x1b[97m{word}\x1b[0m" if colour and n else word + "·+*#"[n - 1:n]
-    print("".join(map(shade, words, (total / total.max() * 4.999).int().tolist())).strip() + "\n")
-    print(f"{'latent':>6}  {'stands for':<40}  {'looks at':<50}  the LM reads it as")
-    for m in picked.tolist():
-        begin, end, most, hidden = found[m]
-        looks = " ".join(f"{words[t].strip()} {share:.0%}" for t, share in most)
-        holds = [printable(tokenizer.decode([t])).strip() for t in head(wire.lm, hidden).topk(4).indices.tolist()]
-        print(f"{m + 1:>6}  {text(begin, end)[:40]:<40}  {looks[:50]:<50}  {' '.join(holds)}")
+    print("".join(map(shade, words, (often / often.max() * 4.999).int().tolist())).strip() + "\n")
 
     told, cut = (answer(wire, given, item, max_new_tokens) for given in (latents, ids[:M]))
-    said = told.ids[0] or [wire.prompt.end]
-    logp = log_probability(wire, latents, item, said)
-    drops = [(logp - log_probability(wire, latents, item, said, n), m) for n, m in enumerate(picked.tolist())]
-    print(f"\nquestion  {printable(item.example.question)}")
+    scored = answer(wire, latents, item, 1, told.ids[0] or [wire.prompt.end])
+    logp = -F.cross_entropy(scored.logits, scored.labels, reduction="sum").item()
+    print(f"question  {printable(item.example.question)}")
     print(f"answer    {printable(told.answers[0])}   (log-probability {logp:.2f})")
     print(f"          {printable(cut.answers[0])}   from the first {M} tokens of the text instead of {M} latents")
-    print("\nwithout the latent of these words the answer's log-probability falls by")
-    for drop, m in sorted(drops, reverse=True)[:5]:
-        print(f"{drop:>8.2f}  {text(*found[m][:2])}")
+    print("\nits first token looks at the latents of")
+    share = of_tokens(latents, len(ids), before, needs(wire, latents, item))
+    for t in share.topk(min(8, len(ids))).indices.tolist():
+        around = ["".join(part).strip() for part in (words[max(0, t - 4):t], words[t:t + 1], words[t + 1:t + 5])]
+        print(f"{share[t]:>6.1%}  {around[0]} [{around[1]}] {around[2]}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -228,15 +186,16 @@ def reply(args, wire, documents, together, question):
     item = wire.prompt.items([Example("", "", whole(question), ("",))])[0]
     if len(item.question) > most:
         raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
-    latents, numbers = seen(wire, documents, together, item, args.latents)
+    latents = together
+    if wire.config.scope == "asked":
+        asks = torch.from_numpy(wire.layout.after(item))[None].long().to(wire.lm.device)
+        latents = wire.choose(together, asks, args.latents)
     if args.inspect:
-        return inspect(wire, documents[0], latents, numbers[0], item, args.max_new_tokens)
+        return inspect(wire, documents[0], latents, item, args.max_new_tokens)
     told = printable(answer(wire, latents, item, args.max_new_tokens).answers[0])
     if len(documents) > 1:
-        counts = [*map(len, numbers)]
-        with watched(wire.lm) as passes:  # the place that predicts the answer's first token tells
-            answer(wire, latents, item, 1)
-        looks = passes[0][0][0, -1, documents[0].before:][:sum(counts)].split(counts)
+        sizes = [document.latents.held.shape[1] - document.before for document in documents]
+        looks = sum(layer.sum(0) for layer in needs(wire, together, item)).split(sizes)
         told += f"   [{printable(documents[np.argmax([part.sum().item() for part in looks])].title)}]"
     print(told, flush=True)
     log(f"  ({time.perf_counter() - began:.2f} s)")

@@ -297,10 +297,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item)."""
+    """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item).
+    asks(item): what the encoder reads behind the source to find what is needed of it; None: the source again."""
     before: np.ndarray
     source: Callable
     after: Callable
+    asks: Callable = lambda item: None
 
 
 class Prompt:
@@ -327,7 +329,8 @@ class Prompt:
                                    for part in (before, after))
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
-        self.head, self.anchor, self.cue = map(self.tokenize, ("Context:", "Answer:", "\nContinue:"))
+        self.head, self.anchor = map(self.tokenize, ("Context:", "Answer:"))
+        self.repeat, self.cue = map(self.tokenize, ("\nRepeat:", "\nContinue:"))
         # around every question
         self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])
         self.end = tokenizer.eos_token_id
@@ -402,7 +405,8 @@ class Prompt:
         """The Layout of a scope."""
         before, end = np.concatenate([self.pre, self.head]), np.concatenate([self.post, self.anchor])
         if scope == "prompt":
-            return Layout(before, lambda item: np.concatenate([item.question, item.context]), lambda item: end)
+            source = lambda item: np.concatenate([item.question, item.context])
+            return Layout(before, source, lambda item: end, self.after)
         return Layout(before, lambda item: item.context, self.after)
 
     def report_cuts(self, what):
@@ -426,19 +430,24 @@ def pad(arrays, value, left=False):
     return torch.from_numpy(out)
 
 
+def _moved(what, device):
+    return type(what)(*(value.to(device) if hasattr(value, "to") else value for value in vars(what).values()))
+
+
 @dataclass
 class Source:
     """What one encoder pass reads. Documents longer than a chunk take several of its rows."""
-    ids: object       # (C, W) token ids: before, text, the tokens that memory tokens start as; PAD right
-    memory: object    # (C, W) bool, the memory tokens
-    position: object  # (C, W) position ids
-    taken: object     # (B, N) of each document's cached places, the flat number in (C, W): before, then the latents
-    place: object     # (B, N) the position id that each has for the reader
+    ids: object       # (C, W) token ids: before, text; PAD right
+    asks: object      # (C, R) token ids of what is read behind it; PAD right
+    share: object     # (C,) how many latents come from each row
+    flat: object      # (B, L) each document's places, before and text, as flat numbers in (C, W); -1 for none
+    by: object        # (B, N) by how much the key of each of its cached places is turned: before, then the latents
     held: object      # (B, N) bool, whether there is one
     length: object    # (B,) how many there are
+    whole: bool       # whether every token is a latent
 
     def to(self, device):
-        return Source(*(value.to(device) for value in vars(self).values()))
+        return _moved(self, device)
 
 
 @dataclass
@@ -455,11 +464,12 @@ class Batch:
     size: int         # questions
     continued: int    # continuations
     source: object = None  # Source, where an encoder reads
-    sees: object = None    # (B, segments + 1, N) bool, where a segment sees some of the cached places only
+    document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
+    asks: object = None    # (B, R) token ids that choose them, PAD right,
+    sees: int = 0          # and how many
 
     def to(self, device):
-        move = lambda value: value.to(device) if hasattr(value, "to") else value
-        return Batch(*map(move, vars(self).values()))
+        return _moved(self, device)
 
 
 def pack(rows, starts=None):
@@ -499,48 +509,42 @@ def continuations(prompt, item, count, rng, cue=4, length=20):
     return found
 
 
-def windows(length, count, chunk):
-    """[(begin, end, starts), ...]: the chunks, of at most `chunk` tokens, in which a text of `length` tokens is read,
-    and where in the text the windows of its `count` latents start, chunk by chunk. Chunks are of like length, and so
-    are the windows of each; while count <= length no window is empty."""
+def divide(length, count, chunk):
+    """[(begin, end, share), ...]: the chunks, of like length and of at most `chunk` tokens, in which a text of
+    `length` tokens is read, and how many of its `count` latents come from each: never more than it has tokens."""
     pieces = max(1, -(-length // chunk))
-    found = []
-    for c in range(pieces):
-        begin, end = c * length // pieces, (c + 1) * length // pieces
-        share = end * count // max(1, length) - begin * count // max(1, length)
-        found.append((begin, end, begin + np.arange(share) * (end - begin) // max(1, share)))
-    return found
+    ends = [c * length // pieces for c in range(pieces + 1)]
+    upto = [end * count // max(1, length) for end in ends]
+    return [(ends[c], ends[c + 1], upto[c + 1] - upto[c]) for c in range(pieces)]
 
 
-def lay_source(before, texts, counts, chunk, rarity):
-    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Where a text has as many latents as
-    tokens its own tokens are the latents; else memory tokens stand behind it, one a window, each starting as its
-    window's rarest token (rarity (V,)), at that token's position. A text of more than `chunk` tokens is read in
-    chunks, each with its share of the memory tokens: the cost stays linear in the text."""
+def lay_source(before, texts, counts, chunk, repeat, asks=None):
+    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands asks[b] (token
+    ids), or where that is None the text once more behind the cue `repeat`. A text of more than `chunk` tokens is read
+    in chunks, each with its share of the latents: the cost stays linear in the text. The keys of a chunk are turned
+    together: its last token's would stand where the last of its latents stands in the cache."""
     import torch
     H = len(before)
-    rows, taken = [], []
-    for text, count in zip(texts, counts):
-        found = []
-        for begin, end, starts in windows(len(text), count, chunk):
-            if not len(starts) and found:
+    rows, read, shares, flat, by = [], [], [], [], []
+    for b, (text, count) in enumerate(zip(texts, counts)):
+        places, turns, at = [], [np.zeros(H, dtype=int)], 0
+        for begin, end, share in divide(len(text), count, chunk):
+            if not share and places:
                 continue  # no latent comes from here
-            part, n = text[begin:end], end - begin
-            stops = [*starts[1:], end]
-            own = count == len(text)
-            picked = [] if own else [a - begin + rarity[text[a:b]].argmax() for a, b in zip(starts, stops)]
-            picked = np.array(picked, dtype=int)
-            found += [] if found else [(len(rows), t) for t in range(H)]
-            found += [(len(rows), H + t + (0 if own else n)) for t in range(len(starts))]
-            rows.append((np.concatenate([before, part, part[picked]]), H + n,
-                         np.concatenate([np.arange(H + n), H + picked])))
-        taken.append(found)
-    ids = pad([row for row, _, _ in rows], PAD)
-    W, place = ids.shape[1], [np.arange(len(found)) for found in taken]
-    behind = torch.tensor([text_end for _, text_end, _ in rows])[:, None] <= torch.arange(W)
-    return Source(ids, behind & (ids != PAD), pad([position for *_, position in rows], 0),
-                  pad([[r * W + t for r, t in found] for found in taken], 0), pad(place, 0), pad(place, -1) >= 0,
-                  torch.tensor([len(found) for found in taken]))
+            part = text[begin:end]
+            places += [(len(rows), t) for t in range(H if places else 0, H + len(part))]
+            turns.append(np.full(share, at + share - len(part)))
+            at += share
+            rows.append(np.concatenate([before, part]))
+            read.append(np.concatenate([repeat, part]) if asks is None or asks[b] is None else asks[b])
+            shares.append(share)
+        flat.append(places)
+        by.append(np.concatenate(turns))
+    ids = pad(rows, PAD)
+    held = pad([turns * 0 for turns in by], -1) == 0
+    flat = pad([[r * ids.shape[1] + t for r, t in places] for places in flat], -1)
+    return Source(ids, pad(read, PAD), torch.tensor(shares), flat, pad(by, 0), held, held.sum(1),
+                  counts == [len(text) for text in texts])
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

@@ -32,7 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -338,6 +339,43 @@ def turning_layers(lm):
         raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one "
                         "such as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
     lm.turning = [a < b for a, b in zip(turned, still)]
+
+
+def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, **kwargs):
+    """SDPA attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
+    each = query.unflatten(1, (key.shape[1], -1))                                  # (B, heads, group, S, d_head)
+    weight = (each @ key[:, :, None].transpose(-1, -2) * scaling).masked_fill(~attention_mask[:, :, None], -torch.inf)
+    weight = weight.float().softmax(-1) * asking[:, None, None, :, None]
+    noted.append(weight.amax((2, 3)) * value.float().norm(dim=-1))
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("sdpa_noted", _attend_and_note)
+
+
+@torch.no_grad()
+def importance(lm, embeds, real, cached=None, asking=None, lora=None):
+    """How much the LM needs each place while it reads: (B, heads, N + S) a layer, the most attention that any token
+    that asks and any query head gives a place, times the length of its value (KVzip, arXiv 2505.23416; times the
+    value's length: arXiv 2406.12335). embeds (B, S, d); real (B, S): which are no padding, on the right; cached: what
+    stands in front of them (model.Latents with keys and values); asking (B, S) bool: all, if not given."""
+    (B, S), device, tape = real.shape, real.device, Tape()
+    position = torch.arange(S, device=device).expand(B, -1)
+    allowed, place = torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position
+    if cached is not None:
+        tape, position = Tape(cached.keys, cached.values), position + cached.length[:, None]
+        allowed = torch.cat([cached.held[:, None].expand(-1, S, -1), allowed], 2)
+        place = torch.cat([cached.place, position], 1)
+    mask = masks(lm, allowed, position, place)
+    noted, before = [], lm.config._attn_implementation
+    lm.config._attn_implementation = "sdpa_noted"
+    try:
+        with use_lora(lm, lora):
+            lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
+                     use_cache=True, noted=noted, asking=real if asking is None else asking)
+    finally:
+        lm.config._attn_implementation = before
+    return noted
 
 
 def check_cache(name, config):

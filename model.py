@@ -1,25 +1,27 @@
 """
-The wire: a frozen LM with two LoRA sets, read twice.
+The wire: a frozen LM that reads a text, keeps of it what each head needs most, and answers from that.
 
-    Context: text [memory tokens]  --LM + encoder LoRA, once-->  latents
-    latents, question, Answer:     --LM + reader LoRA-->         answer
+    Context: text                --LM + encoder LoRA-->  keys and values of every token in every layer and head
+    Repeat: text                 --plain LM, behind-->   how much each head needs each of them: the M it needs most stay
+    M latents, question, Answer: --LM + reader LoRA-->   answer
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
-    memory token   one of M tokens behind the source; stands for a window of it, starts as the window's rarest token
-    latent         what the reader gets of one memory token: its keys and values of every layer (wire kv), or a vector
-                   of the LM's width (wire embeds). With as many latents as tokens, the text's own are the latents
-    encoder        the frozen LM with its LoRA set `encoder`: reads the source and the memory tokens
+    importance     how much a head needs a token of the source while the LM reads it again (scope prompt: the question)
+    latent         wire kv: in every layer and head one of the source's keys and its value, each head's own choice;
+                   wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
+                   With as many latents as tokens, the text's own are the latents
+    encoder        the frozen LM with its LoRA set `encoder`: reads the source
     reader         the frozen LM with its LoRA set `reader`: reads latents and text, and answers
     wire           kv, embeds, or tokens (no encoder: the reader gets some of the context's own tokens, the rival)
     before         the text in front of the latents ("Context:", the chat template's head): attention needs a place to
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and each question sees the M nearest to its words
+                   alone: a document is stored at --ratio, and of it each head sees the M that it needs for a question
 
 Shapes: B rows, T source tokens, M latents, N cached places (before + latents), S tokens that the LM reads, A answer
-tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass.
+tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
 """
 import math
 from dataclasses import dataclass, field
@@ -30,8 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from data import LATENT, PAD, continuations, lay_source, pack, pad, windows
-from lm import Tape, add_lora, embed, head, masks, turn, turning_layers, use_lora
+from data import LATENT, PAD, continuations, lay_source, pack, pad
+from lm import Tape, add_lora, embed, head, importance, masks, turn, turning_layers, use_lora
 from losses import wire_loss
 
 
@@ -48,7 +50,7 @@ class WireConfig:
     max_prompt_tokens: int = option(1024, "contexts are cut from the right to fit; also how many tokens of a text the "
                                           "encoder reads at once")
     scope: str = option("context", "what the latents replace: context (the question stays text), asked (the same, and "
-                                   "each question sees its nearest latents alone) or prompt (question and context)")
+                                   "each question chooses M of them) or prompt (question and context)")
     wire: str = option("kv", "how the text reaches the reader: kv (keys and values of every layer), embeds (vectors at "
                              "its input) or tokens (some of the text's own: the rival)")
     keep: str = option("truncated", "which tokens, for --wire tokens: truncated (the first), selective (the most "
@@ -114,8 +116,8 @@ def rarity(texts, questions, around, vocabulary):
 
 
 def places(score):
-    """Which place each score (B, T) takes among those of its row, 0 the highest, the left one first of two equals."""
-    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    """Which place each score (..., T) takes among those of its row, 0 the highest, the left one first of two equals."""
+    return score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 @torch.no_grad()
@@ -149,6 +151,7 @@ class Latents:
     values: list = None
     prefix: object = None
     place: object = None  # (B, N) the position of each
+    kept: list = None     # (B, heads, N) a layer: which of the document's places each is; or one (B, 1, N) for all
 
     def rms(self):
         """Root mean square of the latents as the reader gets them."""
@@ -160,16 +163,20 @@ class Latents:
         pick = lambda x: [y[number] for y in x] if isinstance(x, list) else None if x is None else x[number]
         return Latents(*map(pick, vars(self).values()))
 
-    def chosen(self, sees):
-        """The same with those places alone that sees (B, N) names: for generation, the cache is small then."""
-        order = sees.int().argsort(dim=1, descending=True, stable=True)[:, :int(sees.sum(1).max())]
-        take = lambda y: y.gather(2, order[:, None, :, None].expand(-1, y.shape[1], -1, y.shape[3]))
-        return Latents(sees.gather(1, order), self.length, [take(k) for k in self.keys], [take(v) for v in self.values],
-                       place=self.place.gather(1, order))
+    def chosen(self, number):
+        """The same with those places alone that each head names: number (B, heads, N') a layer, ascending. Places that
+        are not there come last."""
+        along = lambda y, n: y.gather(2, n[..., None].expand(-1, -1, -1, y.shape[3]))
+        keys, values = ([along(y, n) for y, n in zip(side, number)] for side in (self.keys, self.values))
+        kept = self.kept and [k.expand(-1, n.shape[1], -1).gather(2, n)
+                              for k, n in zip(self.kept * (len(number) // len(self.kept)), number)]
+        first = number[0][:, 0]  # the heads differ in which, not in how many
+        place = self.place.gather(1, first)
+        return Latents(self.held.gather(1, first), self.length, keys, values, place=place, kept=kept)
 
 
 class Adapter(nn.Module):
-    """Memory tokens' hidden states (..., d) -> a residual on what they started as, (..., d). It starts at 0, so that
+    """Tokens' last hidden states (..., d) -> a residual on their input embeddings, (..., d). It starts at 0, so that
     the LM can read it at once, and is scaled by the RMS of the LM's input embeddings: Adam's first steps have the
     size of the learning rate whatever the gradient, and unscaled they would swamp the base."""
 
@@ -184,7 +191,7 @@ class Adapter(nn.Module):
 
 
 class LatentWire(nn.Module):
-    """A frozen LM, its LoRA sets and the memory tokens' tag. prompt: of its items."""
+    """A frozen LM and its LoRA sets. prompt: of its items."""
 
     def __init__(self, lm, config, prompt):
         check_config(config)
@@ -204,8 +211,6 @@ class LatentWire(nn.Module):
             # Gemma scales in it
             self.rms = embed(lm, some[None]).float().pow(2).mean().sqrt().item()
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
-        if config.wire != "tokens":
-            self.tag = nn.Parameter(torch.zeros(d, device=device))
         if config.wire == "embeds":
             self.adapter = Adapter(d, self.rms).to(device)
 
@@ -232,25 +237,6 @@ class LatentWire(nn.Module):
         ratio = self.config.ratio if M is None and ratio is None else ratio
         return budget(length, M or max(budgets(self.config)), ratio)
 
-    def sees(self, items, held, M=None):
-        """(B, N) bool: of the cached places held (B, N) those that each item's question sees; None where it sees all.
-        In scope asked the text before, and the M latents (default: what the wire was trained for) nearest to the
-        question's words."""
-        if self.config.scope != "asked":
-            return None
-        M, H = M or max(budgets(self.config)), len(self.layout.before)
-        sees = torch.zeros_like(held)
-        sees[:, :H] = held[:, :H]
-        for row, near, item, count in zip(sees, nearness(self.lm, items, self.rarity), items, held.sum(1).tolist()):
-            count -= H
-            if count < len(near):  # a latent is as near as the nearest token of its window
-                starts = np.concatenate([s for *_, s in windows(len(near), count, self.chunk)])
-                owner = torch.bucketize(torch.arange(len(near)), torch.from_numpy(starts), right=True) - 1
-                owner = owner.clamp(min=0).to(near.device)  # of a chunk without latents: the first one's
-                near = near.new_zeros(count).scatter_reduce(0, owner, near, "amax")
-            row[H:H + count] = places(near[None])[0] < M
-        return sees
-
     @property
     def chunk(self):
         """How many tokens of a text the encoder reads at once."""
@@ -258,11 +244,9 @@ class LatentWire(nn.Module):
 
     # -- batches
 
-    def source(self, texts, counts):
-        """The Source of texts (token ids each), counts[b] latents each."""
-        if not hasattr(self, "_rarity"):
-            self._rarity = self.rarity.cpu().numpy()
-        return lay_source(self.layout.before, texts, counts, self.chunk, self._rarity)
+    def source(self, texts, counts, asks=None):
+        """The Source of texts (token ids each), counts[b] latents each, to be found by asks[b] (None: the text)."""
+        return lay_source(self.layout.before, texts, counts, self.chunk, self.prompt.repeat, asks)
 
     def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
@@ -275,18 +259,20 @@ class LatentWire(nn.Module):
             return pack([(np.concatenate([before, text]), segments, c) for text, segments, c in zip(kept, asked, more)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
-        source = self.source(texts, counts)
+        source = self.source(texts, counts, [self.layout.asks(row[0]) for row in rows])
         if self.config.wire == "embeds":
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
             batch = pack(list(zip(slots, asked, more)))
+        elif self.config.scope == "asked":  # each sees latents of its own, so it has a row of its own
+            alone = [(b, [one], []) for b, row in enumerate(asked) for one in row]
+            alone += [(b, [], [one]) for b, row in enumerate(more) for one in row]
+            documents = [b for b, *_ in alone]
+            batch = pack([(before[:0], *segments) for _, *segments in alone], source.length[documents].tolist())
+            batch.document, batch.sees = torch.tensor(documents), M or max(budgets(self.config))
+            batch.asks = pad([(question or more)[0][0] for _, question, more in alone], PAD)
         else:
             batch = pack([(before[:0], *segments) for segments in zip(asked, more)], source.length.tolist())
         batch.source = source
-        if self.config.scope == "asked":
-            batch.sees = source.held[:, None].repeat(1, int(batch.segment.max()) + 1, 1)
-            for b, row in enumerate(rows):
-                held = source.held[b:b + 1].expand(len(row), -1).to(self.rarity.device)
-                batch.sees[b, 1:len(row) + 1] = self.sees(row, held, M).cpu()
         return batch
 
     def text_batch(self, rows):
@@ -298,27 +284,60 @@ class LatentWire(nn.Module):
     # -- passes
 
     def encode(self, source):
-        """Source -> Latents. One pass of the LM with the encoder's LoRA over before, text and memory tokens; each
-        memory token sees the whole text and the memory before it."""
-        lm, ids = self.lm, source.ids
-        embeds = embed(lm, ids)
-        embeds = torch.where(source.memory[..., None], (embeds + self.rms * self.tag).to(embeds.dtype), embeds)
-        base, tape, mask = embeds, Tape(), None
+        """Source -> Latents. The LM reads before and text with the encoder's LoRA, and behind them, plain and without
+        gradient, what tells how much each head needs each token (`lm.importance`)."""
+        lm, W = self.lm, source.ids.shape[1]
+        embeds, tape, mask = embed(lm, source.ids), Tape(), None
+        position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
         if getattr(lm.config, "sliding_window", None):
-            W = ids.shape[1]
-            causal = torch.ones(W, W, dtype=torch.bool, device=ids.device).tril().expand(len(ids), -1, -1)
-            mask = masks(lm, causal, source.position, source.position)
+            causal = torch.ones(W, W, dtype=torch.bool, device=embeds.device).tril().expand(len(embeds), -1, -1)
+            mask = masks(lm, causal, position, position)
         with use_lora(lm, "encoder"):  # padding is on the right, where nothing sees it: plain causal attention does
-            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=source.position,
-                              past_key_values=tape, use_cache=True).last_hidden_state
+            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
+                              use_cache=True).last_hidden_state
+        keys, values = zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
+        kept = [where(keep, source) for keep in self.keeps(source, keys, values)]
+        N, H = source.held.shape[1], len(self.layout.before)
         if self.config.wire == "embeds":
-            H = len(self.layout.before)
-            take = lambda y: y.flatten(0, 1)[source.taken[:, H:]].float()         # (B, M, d)
-            return Latents(source.held, source.length, prefix=self.adapter(take(hidden), take(base)))
-        take = lambda y: y.transpose(1, 2).flatten(0, 1)[source.taken].transpose(1, 2)  # (B, heads, N, .)
-        keys, values = zip(*([take(y) for y in tape.caught[layer]] for layer in range(lm.config.num_hidden_layers)))
-        keys = turn(lm, keys, source.place - source.position.flatten()[source.taken])
-        return Latents(source.held, source.length, list(keys), list(values), place=source.place)
+            base, hidden = (take(y[:, None], kept[0][..., H:], source)[:, 0].float() for y in (embeds, hidden))
+            return Latents(source.held, source.length, prefix=self.adapter(hidden, base), kept=kept)
+        each = kept * len(keys) if len(kept) == 1 else kept
+        keys, values = ([take(*pair, source) for pair in zip(side, each)] for side in (keys, values))
+        place = torch.arange(N, device=embeds.device).expand(len(source.held), -1)
+        return Latents(source.held, source.length, turn(lm, keys, source.by), values, place=place, kept=kept)
+
+    def keeps(self, source, keys, values):
+        """Which places of the encoder's pass stay as latents or text before them: (C, heads, W) bool a layer, as many
+        for every head; or one (C, 1, W) where all heads keep the same, as a vector of an embeds wire needs it."""
+        real, H = source.ids != PAD, len(self.layout.before)
+        if source.whole:
+            return [real[:, None]]
+        keys, values = ([part.detach() for part in side] for side in (keys, values))
+        place = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+        text = Latents(real, real.sum(1), keys, values, place=place)
+        found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
+        if self.config.wire == "embeds":
+            found = [torch.stack(found).amax((0, 2))[:, None]]
+        return [best(score[..., :real.shape[1]], real, H, source.share) for score in found]
+
+    def choose(self, latents, asks, M=None):
+        """Of Latents the M (default: what the wire was trained for) that each head needs most while the LM reads asks
+        (B, S), token ids with PAD right: the late choice of scope asked."""
+        H, held = len(self.layout.before), latents.held
+        M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
+        found = importance(self.lm, embed(self.lm, asks), asks != PAD, latents)
+        stays = [best(score[..., :held.shape[1]], held, H, M) for score in found]
+        N = int(stays[0][:, 0].sum(1).max())
+        return latents.chosen([ascending(stay)[..., :N] for stay in stays])
+
+    def latents(self, batch):
+        """The Latents that a batch's rows see, None for a batch without a source."""
+        if batch.source is None:
+            return None
+        latents = self.encode(batch.source)
+        if batch.document is None:
+            return latents
+        return self.choose(latents.rows(batch.document), batch.asks, batch.sees)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.
@@ -337,10 +356,7 @@ class LatentWire(nn.Module):
         tape, key_position = None, batch.position
         if latents is not None and latents.keys is not None:
             tape, key_position = Tape(latents.keys, latents.values), torch.cat([latents.place, key_position], 1)
-            seen = latents.held[:, None].expand(-1, S, -1)
-            if batch.sees is not None:
-                seen = batch.sees.gather(1, segment.clamp(min=0)[..., None].expand(-1, -1, seen.shape[2]))
-            allowed = torch.cat([seen, allowed], 2)
+            allowed = torch.cat([latents.held[:, None].expand(-1, S, -1), allowed], 2)
         with use_lora(lm, lora):
             mask = masks(lm, allowed, batch.position, key_position)
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position,
@@ -354,7 +370,7 @@ class LatentWire(nn.Module):
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
         """Weighted loss of a batch, its parts, and what the diagnostics show: the questions' answer logits and the
         latents' RMS. teacher: the Batch of the same questions behind their text, for weights with kd."""
-        latents = self.encode(batch.source) if batch.source is not None else None
+        latents = self.latents(batch)
         logits = self.logits(batch, latents)
         teacher_logits = None
         if weights.get("kd"):
@@ -370,3 +386,29 @@ class LatentWire(nn.Module):
 def budget(length, M, ratio=None):
     """M, or ceil(length / ratio) where a ratio is given; never more than length."""
     return min(math.ceil(length / ratio) if ratio else M, length)
+
+
+def best(score, held, before, count):
+    """(B, heads, N) bool: of score (B, heads, N) the `before` first places and the count[b] highest behind them that
+    are held (B, N)."""
+    score = score.masked_fill(~held[:, None], -1)
+    score[..., :before] = torch.inf
+    return (places(score) < (before + count)[:, None, None]) & held[:, None]
+
+
+def ascending(stays):
+    """stays (..., N) bool -> (..., N) the numbers of the places that stay, ascending, and those of the others."""
+    return stays.int().sort(dim=-1, descending=True, stable=True).indices
+
+
+def where(keep, source):
+    """keep (C, heads, W) bool, the places of the encoder's pass that stay -> their numbers among each document's L
+    places, in order: (B, heads, N)."""
+    keep = keep.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)] & (source.flat >= 0)[..., None]
+    return ascending(keep.transpose(1, 2))[..., :source.held.shape[1]]
+
+
+def take(y, kept, source):
+    """y (C, heads, W, .) of the encoder's pass -> (B, heads, N, .), each document's places kept (B, heads or 1, N)."""
+    y = y.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)].transpose(1, 2)  # (B, heads, L, .)
+    return y.gather(2, kept[..., None].expand(-1, y.shape[1], -1, y.shape[3]))

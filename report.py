@@ -165,7 +165,7 @@ def configuration(run):
     if run.format and m:
         ckpt = f"{run.folder.resolve().parent.name}/{run.name}/ckpt"
         data = f"{Path(m['dataset']).name} --samples {m['samples']}"
-        older = f", after `git checkout {READS_OLDER}`: this version does not read format {run.format}"
+        older = f", after `git checkout {READS_OLDER.get(run.format)}`: this version does not read format {run.format}"
         out.append(f"- **Again**: `python eval.py --mode {run.own} --ckpt {ckpt} --data {data}`"
                    + (older if run.format < FORMAT else ""))
     return out

@@ -199,7 +199,7 @@ def adapter_latents(wire, texts, counts):
     if wire.config.wire != "embeds":
         raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train "
                         "one with --wire embeds")
-    ids, M = pad(texts, PAD).to(wire.tag.device), torch.tensor(counts, device=wire.tag.device)
+    ids, M = pad(texts, PAD).to(wire.lm.device), torch.tensor(counts, device=wire.lm.device)
     base = resample(embed(wire.lm, ids), ids != PAD, M).float()
     return Latents(None, None, prefix=wire.adapter(base, base))
 
@@ -223,7 +223,7 @@ def length_batches(lengths, batch, padded=5000):
 def read_latents(row, wire, items, others, M, ratio, form):
     """What a row with latents reads: (Latents of the items, token ids behind or around them, counts of what the
     latents replace). others: whose context each item's latents are made of."""
-    layout, device = wire.layout, wire.tag.device
+    layout, device = wire.layout, wire.lm.device
     given = [replace(item, context=other.context) for item, other in zip(items, others)]
     texts = [layout.source(item) for item in given]
     counts = [wire.stored(len(text), M, ratio) for text in texts]
@@ -232,10 +232,12 @@ def read_latents(row, wire, items, others, M, ratio, form):
     else:  # a text that several items share is encoded once
         first = {text.tobytes(): b for b, text in reversed(list(enumerate(texts)))}
         alone = sorted(first.values())
-        latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone]).to(device))
+        asks = [layout.asks(given[b]) for b in alone]
+        latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone], asks).to(device))
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
-        sees = wire.sees(given, latents.held, M)
-        latents = through(latents if sees is None else latents.chosen(sees), form)
+        if wire.config.scope == "asked":
+            latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M)
+        latents = through(latents, form)
     done = {"source_tokens": sum(map(len, texts))}
     if wire.config.wire == "embeds":
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])

@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from common import UserError, log, write_atomic
-from data import windows
+from data import divide
 from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
-FORMAT = 5  # of the checkpoint folder, and of what its weights mean; another is refused
-READS_OLDER = "d78f6d1"  # the last commit that reads format 4
+FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused
+READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
 # ------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def place_values(lm, wire):
 @dataclass
 class Document:
     """A text as latents: Latents of one row, how many of their places are the text before, its title (of the file),
-    and its token ids (T,) where a question needs them to find the latents nearest to it (scope asked)."""
+    and, where the text itself is there, its token ids (T,)."""
     latents: Latents
     before: int
     title: str
@@ -94,16 +94,19 @@ class Document:
 
 
 def chunks(wire, text, count):
-    """For each chunk of a text (T,) that gets some of its `count` latents: where it begins and ends, where the
-    windows of its latents start, and its own Source."""
-    for begin, end, starts in windows(len(text), count, wire.chunk):
-        if len(starts):
-            yield begin, end, starts, wire.source([text[begin:end]], [len(starts)]).to(wire.tag.device)
+    """For each chunk of a text (T,) that gets some of its `count` latents: where it begins, and its own Source."""
+    for begin, end, share in divide(len(text), count, wire.chunk):
+        if share:
+            yield begin, wire.source([text[begin:end]], [share]).to(wire.lm.device)
 
 
 def encode(wire, text, count):
     """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk."""
-    return join(wire, [wire.encode(source) for *_, source in chunks(wire, text, count)])
+    parts = []
+    for begin, source in chunks(wire, text, count):
+        part = wire.encode(source)
+        parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
+    return join(wire, parts)
 
 
 def join(wire, parts):
@@ -113,39 +116,30 @@ def join(wire, parts):
         return parts[0]
     H, at, keys, values = len(wire.layout.before), 0, [], []
     held = torch.cat([part.held[:, H if number else 0:] for number, part in enumerate(parts)], 1)
+    kept = None
+    if all(part.kept for part in parts):
+        layers, heads = max(len(part.kept) for part in parts), max(part.kept[0].shape[1] for part in parts)
+        each = [[k.expand(-1, heads, -1) for k in part.kept * (layers // len(part.kept))] for part in parts]
+        kept = [torch.cat([k[..., H if number else 0:] for number, k in enumerate(layer)], 2) for layer in zip(*each)]
     if wire.config.wire == "embeds":
-        return Latents(held, held.sum(1), prefix=torch.cat([part.prefix for part in parts], 1))
+        return Latents(held, held.sum(1), prefix=torch.cat([part.prefix for part in parts], 1), kept=kept)
     for number, part in enumerate(parts):
         first, N = H if number else 0, part.held.shape[1]
         keys.append(turn(wire.lm, [k[:, :, first:] for k in part.keys], part.place.new_full((1, N - first), at)))
         values.append([v[:, :, first:] for v in part.values])
         at += N - H
     keys, values = ([torch.cat(layer, 2) for layer in zip(*side)] for side in (keys, values))
-    return Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1)
-
-
-def seen(wire, documents, together, item, M=None):
-    """(the Latents that an item's question sees, for each document the numbers of its latents among them). together:
-    the documents' Latents, joined; in scope asked a question sees the M of each that are nearest to its words, else
-    all."""
-    H = len(wire.layout.before)
-    sees = [wire.sees([replace(item, context=document.ids)], document.latents.held, M) for document in documents]
-    if sees[0] is None:
-        return together, [torch.arange(document.latents.held.shape[1] - H) for document in documents]
-    chosen = together.chosen(torch.cat([sees[0][:, :H], *(row[:, H:] for row in sees)], 1))
-    return chosen, [row[0, H:].nonzero().flatten().cpu() for row in sees]
+    return Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1, kept=kept)
 
 
 # A document's file is safetensors:
 #                keys, values     (layers, heads, N, d_head) of a kv wire, the text before in front of the latents; or
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
-#                ids              (T,) int32, the text's tokens, of a wire of scope asked alone: there a question finds
-#                                 its latents by the words that they stand for. No other file holds the text
 # its metadata:  format, kind, how many places are `before`, SHA-256 of the checkpoint's weights, identity of the LM,
 #                title, SHA-256 of the source and of all the rest
 
-DOCUMENT = "latentwire 2"
+DOCUMENT = "latentwire 3"
 
 
 def save_document(path, document, kind, saved, identity, source):
@@ -154,7 +148,7 @@ def save_document(path, document, kind, saved, identity, source):
     latents = document.latents
     parts = {"prefix": latents.prefix[0]} if latents.keys is None else {
         "keys": torch.stack([k[0] for k in latents.keys]), "values": torch.stack([v[0] for v in latents.values])}
-    tensors = {"ids": torch.from_numpy(document.ids)} if saved.config.scope == "asked" else {}
+    tensors = {}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
@@ -205,8 +199,7 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
         return Document(Latents(held, held.sum(1), prefix=prefix), before, about["title"])
     keys, values = ([layer[None] for layer in part(name)] for name in ("keys", "values"))
     held = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=device)
-    ids = tensors["ids"].numpy() if "ids" in tensors else None
-    return Document(Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1), before, about["title"], ids)
+    return Document(Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1), before, about["title"])
 
 
 def printable(text):
@@ -290,8 +283,9 @@ def read_checkpoint(folder):
                 raise UserError(f"--ckpt {folder}: {name} is damaged (wrong SHA-256); use another checkpoint")
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if saved["format"] != FORMAT:
+            reader = READS_OLDER.get(saved["format"])
             age, mend = ("newer", "update LatentWire") if saved["format"] > FORMAT else (
-                "older", f"commit {READS_OLDER} reads format 4, or train it again")
+                "older", f"commit {reader} reads it, or train it again" if reader else "train it again")
             raise UserError(f"--ckpt {folder}: format {saved['format']} is {age} than this version's {FORMAT}; {mend}")
         return Checkpoint(folder, WireConfig(**saved["wire"]), saved["lm"], manifest["model.safetensors"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

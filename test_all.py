@@ -47,16 +47,16 @@ import rows
 import store
 import train
 from common import UserError, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, group_by_context, lay_source, load_data,
-                  load_squad, synthetic, windows)
-from lm import (LoRALinear, LoRASet, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, lm_identity,
-                load_lm, turn, use_lora)
+from data import (Example, Item, LATENT, Prompt, continuations, divide, epoch_plan, group_by_context, lay_source,
+                  load_data, load_squad, synthetic)
+from lm import (LoRALinear, LoRASet, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
+                lm_identity, load_lm, turn, use_lora)
 from losses import wire_loss
-from model import LatentWire, WireConfig, budgets, check_config, nearness, rarity
+from model import Latents, LatentWire, WireConfig, budgets, check_config, nearness, rarity
 from rows import (ROWS, evaluate_row, exact_match, f1_score, interval, kept_tokens, other_contexts, own_row,
                   ratio_interval, resample, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, encode, join, load_document, load_trained, load_wire, read_checkpoint,
-                   read_last_good, save_checkpoint, seen)
+                   read_last_good, save_checkpoint)
 from train import Config, Plan, claim, hold_out, load_items, parse_config
 
 HERE = Path(__file__).parent
@@ -196,25 +196,25 @@ def test_epoch_plan_has_batches_of_like_length_and_leaves_out_by_chance():
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4), st.integers(3, 50))
 def test_any_text_gets_exactly_its_latents(texts, chunk):
-    """Each stands for a window and starts as its rarest token; windows cover their chunk, and rows are linear in T."""
-    rng, rare = np.random.default_rng(0), np.random.default_rng(1).random(50)
+    """Chunks cover a text and take their shares; keys are turned so that a chunk ends where its last latent stands."""
+    rng = np.random.default_rng(0)
     ids, counts = [rng.integers(3, 50, T) for T, _ in texts], [min(T, M) for T, M in texts]
-    source = lay_source(np.array([1, 2]), ids, counts, chunk, rare)
+    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]), [None, np.array([61])] * 2)
     assert source.length.tolist() == source.held.sum(1).tolist() == [2 + count for count in counts]
-    assert source.ids.shape[1] <= 2 + 2 * chunk and len(source.ids) <= sum(-(-len(text) // chunk) for text in ids)
-    flat, memory, position = source.ids.flatten(), source.memory.flatten(), source.position.flatten()
+    assert source.ids.shape[1] <= 2 + chunk and source.whole == all(T <= M for T, M in texts)
+    row = 0
     for b, (text, count) in enumerate(zip(ids, counts)):
-        taken, read, own = source.taken[b, :2 + count].tolist(), [], count == len(text)
-        assert source.place[b, :2 + count].tolist() == [*range(2 + count)] and len(set(taken)) == 2 + count
-        assert flat[taken[:2]].tolist() == [1, 2] and memory[taken].tolist() == [False] * 2 + [not own] * count
-        for begin, end, starts in windows(len(text), count, chunk):
-            assert end - begin <= chunk and (not len(starts) or starts[0] == begin)
-            for start, stop in zip(starts, [*starts[1:], end]):
-                latent = taken[2 + len(read)]
-                read.append(position[latent].item() - 2 + begin)  # where in the text
-                assert start <= read[-1] < stop and flat[latent] == text[read[-1]]
-                assert own or rare[text[read[-1]]] == rare[text[start:stop]].max()
-        assert len(read) == count and (not own or read == [*range(count)])
+        flat, by, at, read = source.flat[b][source.flat[b] >= 0], source.by[b].tolist(), 0, [1, 2]
+        for begin, end, share in divide(len(text), count, chunk):
+            assert share <= end - begin <= chunk and (begin or not at)
+            if share or len(read) == 2:
+                part, asks = text[begin:end].tolist(), source.asks[row].tolist()
+                assert source.ids[row].tolist()[:2 + len(part)] == [1, 2, *part] and source.share[row] == share
+                assert [x for x in asks if x >= 0] == ([61] if b % 2 else [60, *part])
+                assert by[2 + at:2 + at + share] == [at + share - len(part)] * share
+                row, at, read = row + 1, at + share, read + part
+        assert source.ids.flatten()[flat].tolist() == read and at == count and by[:2] == [0, 0]
+    assert row == len(source.ids)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_text_and_its_own_tokens_keys_are_read_as_the_lm_reads_text(family, monk
     ids = lambda *parts: torch.from_numpy(np.concatenate(parts)).long()[None]
     own = [lm(ids(text, item.answer[:-1])).logits[0, -len(item.answer):] for text, item in zip(texts, items)]
     batch = wire.collate(rows, lambda T: T, 4096)
-    for logits in (wire.logits(wire.text_batch(rows), lora=None), wire.logits(batch, wire.encode(batch.source))):
+    for logits in (wire.logits(wire.text_batch(rows), lora=None), wire.logits(batch, wire.latents(batch))):
         assert torch.allclose(logits, torch.cat(own), atol=1e-4)
     said = [lm.generate(ids(text), max_new_tokens=4, do_sample=False)[0, len(text):].tolist() for text in texts]
     answer = lambda row: evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, 4096, 1.0, 4)["ids"]
@@ -348,7 +348,7 @@ def test_what_is_generated_is_what_was_trained(family, M, ratio):
     answer = lambda items: evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items, wire, M, ratio, 4, batch=3)
     said = [replace(item, answer=np.array([*ids, 2])) for item, ids in zip(items, answer(items)["ids"])]
     batch = wire.collate([said[:2], said[2:3], said[3:]], lambda T: wire.stored(T, M, ratio), M)
-    logits, inner, scores = wire.logits(batch, wire.encode(batch.source)), batch.label != 2, answer(said)
+    logits, inner, scores = wire.logits(batch, wire.latents(batch)), batch.label != 2, answer(said)
     assert (logits.argmax(-1) == batch.label)[inner].all() and inner.sum() >= 12 and scores["first_token_top1"] == 1
     assert scores["nll_token"] == pytest.approx(F.cross_entropy(logits[inner], batch.label[inner]).item(), abs=1e-5)
 
@@ -418,8 +418,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(tiny, changes):
     loss.backward()
     trained, kind = wire.trainable(), changes.get("wire", "kv")
     assert set(parts) == set(weights) and all(p.grad.isfinite().all() for p in trained.values())
-    still = {name for name, p in trained.items() if not p.grad.any()}
-    assert still == ({"tag"} if changes == dict(scope="asked") else set())  # a text's own tokens need no memory tokens
+    assert all(p.grad.any() for p in trained.values())
     assert all(p.grad is None for name, p in wire.named_parameters() if name not in trained)
     # One frozen LM, read by both; of its last layer a kv wire sends keys and values alone.
     lm, _ = load_lm(tiny, device="cpu")
@@ -470,40 +469,108 @@ def test_an_embeds_wire_starts_as_the_words_it_stands_for(tiny):
     lm, tokenizer = load_lm(tiny, device="cpu", wired=True)
     wire = LatentWire(lm, WireConfig(prompt="plain", wire="embeds"), Prompt(tokenizer))
     item, = wire.prompt.items(synthetic("dev", 1))
-    rare = item.context[[3, -2]].astype(int)
-    wire.rarity[rare] = 1.0
-    prefix = wire.encode(wire.source([item.context], [2])).prefix
-    assert torch.allclose(prefix, embed(lm, torch.from_numpy(rare)[None]), atol=1e-6)
+    latents = wire.encode(wire.source([item.context], [5]))
+    kept = item.context[latents.kept[0][0, 0, 2:] - 2].astype(int)
+    assert torch.allclose(latents.prefix, embed(lm, torch.from_numpy(kept)[None]), atol=1e-6)
     batch = wire.collate([[item]], lambda T: T)  # with as many latents as tokens it is the text
     text = wire.logits(wire.text_batch([[item]]), lora=None)
     assert torch.allclose(wire.logits(batch, wire.encode(batch.source)), text, atol=1e-4)
 
 
 @torch.no_grad()
-def test_latents_stand_right_behind_the_text_before_them(tiny):
-    """Whichever of a text's chunks they come from: each is read as if alone, its keys turned to where they stand."""
+def test_importance_is_the_attention_that_a_place_gets_times_the_length_of_its_value(family):
+    """Against the eager attention of one pass without a cache, left to right; padding asks for nothing."""
+    wire, prompt, items = family
+    lm, rng = wire.lm, np.random.default_rng(0)
+    texts, asks = (torch.from_numpy(rng.integers(3, 4000, shape)) for shape in ((2, 30), (2, 7)))
+    real, tape = torch.ones(2, 7, dtype=torch.bool), Tape()
+    real[1, 5:] = False
+    with use_lora(lm, None):
+        lm.model(inputs_embeds=embed(lm, texts), past_key_values=tape, use_cache=True)
+        keys, values = zip(*(tape.caught[layer] for layer in range(4)))
+        text = Latents(torch.ones(2, 30, dtype=torch.bool), torch.tensor([30, 30]), list(keys), list(values),
+                       place=torch.arange(30).expand(2, -1))
+        found = importance(lm, embed(lm, asks), real, text)
+        lm.set_attn_implementation("eager")
+        attention = lm(input_ids=torch.cat([texts, asks], 1), output_attentions=True).attentions
+        lm.set_attn_implementation("sdpa")
+    for score, weights, value in zip(found, attention, values):
+        weights = weights.unflatten(1, (2, 2))[..., 30:, :30] * real[:, None, None, :, None]
+        assert torch.allclose(score[..., :30], weights.amax((2, 3)) * value.norm(dim=-1), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(scope="prompt"), dict(scope="asked", ratio=6.0), dict(wire="embeds")],
+                         ids=str)
+def test_each_head_keeps_what_it_needs_most(tiny, changes):
+    """In order; where a latent is one vector for all heads, what they need together."""
+    wire, prompt, items = make_wire(tiny, **changes)
+    rows, layout = [items[:1], items[6:7]], wire.layout
+    source = wire.collate(rows, lambda T: 9).source
+    latents, tape = wire.encode(source), Tape()
+    with use_lora(wire.lm, "encoder"):
+        wire.lm.model(inputs_embeds=embed(wire.lm, source.ids), past_key_values=tape, use_cache=True)
+    keys, values = zip(*(tape.caught[layer] for layer in range(4)))
+    real = source.ids != data.PAD
+    text = Latents(real, real.sum(1), keys, values, place=torch.arange(real.shape[1]).expand(real.shape))
+    scores = torch.stack(importance(wire.lm, embed(wire.lm, source.asks), source.asks != data.PAD, text))
+    if changes.get("wire"):
+        scores = scores.amax((0, 2), keepdim=True)
+    for layer, (score, kept) in enumerate(zip(scores, latents.kept)):
+        for b, row in enumerate(rows):
+            T = len(layout.source(row[0]))
+            for h, mine in enumerate(kept[b]):
+                assert mine.tolist() == [0, 1, *sorted(score[b, h, 2:2 + T].topk(9).indices.add(2).tolist())]
+                if latents.keys:
+                    assert torch.equal(latents.values[layer][b, h], values[layer][b, h, mine])
+                    by = torch.tensor([[0] * 2 + [9 - T] * 9])
+                    moved = turn(wire.lm, [k[b:b + 1, h:h + 1, mine] for k in keys], by)
+                    assert torch.allclose(latents.keys[layer][b, h], moved[layer][0, 0], atol=1e-5)
+    assert len(latents.kept) == (1 if changes.get("wire") else 4)
+
+
+@torch.no_grad()
+def test_latents_of_a_chunk_are_those_of_its_text_alone(tiny):
+    """Each chunk is read as if alone, its keys turned to where they stand."""
     wire, _, _ = make_wire(tiny, max_prompt_tokens=48)
     text = np.random.default_rng(0).integers(3, 40_000, 80)
     whole, second = wire.encode(wire.source([text], [8])), wire.encode(wire.source([text[40:]], [4]))
     moved = turn(wire.lm, second.keys, torch.full((1, 6), 4))
     assert all(torch.allclose(k[:, :, 6:], far[:, :, 2:], atol=1e-4) for k, far in zip(whole.keys, moved))
     assert all(torch.allclose(v[:, :, 6:], w[:, :, 2:], atol=1e-5) for v, w in zip(whole.values, second.values))
+    assert all(torch.equal(k[..., 6:], own[..., 2:] + 40) for k, own in zip(whole.kept, second.kept))
 
 
-def test_a_question_sees_the_latents_nearest_to_its_words(tiny):
-    wire, prompt, items = make_wire(tiny, scope="asked")
-    wire.rarity.fill_(1.0)
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [0.0, 3.0])
+def test_a_question_sees_what_each_head_needs_for_it(tiny, ratio):
+    """Of a stored document, whatever its batch; the keys stay where they are, and the question behind them all."""
+    wire, prompt, items = make_wire(tiny, scope="asked", ratio=ratio)
+    texts, asks = [items[0].context, items[6].context[:20]], [prompt.after(items[0]), prompt.after(items[7])[-5:]]
+    stored = [wire.encode(wire.source([text], [wire.stored(len(text))])) for text in texts]
+    both = wire.encode(wire.source(texts, [wire.stored(len(text)) for text in texts]))
+    chosen = wire.choose(both, data.pad(asks, data.PAD), 9)
+    assert chosen.length.tolist() == [len(each.held[0]) for each in stored]
+    for b, (each, ask_) in enumerate(zip(stored, asks)):
+        ids = torch.from_numpy(ask_)[None].long()
+        scores = importance(wire.lm, embed(wire.lm, ids), ids >= 0, each)
+        count = min(9, each.held.shape[1] - 2)
+        for layer, score in enumerate(scores):
+            for h in range(2):
+                mine = [0, 1, *sorted(score[0, h, 2:each.held.shape[1]].topk(count).indices.add(2).tolist())]
+                assert torch.allclose(chosen.keys[layer][b, h, :2 + count], each.keys[layer][0, h, mine], atol=1e-5)
+                assert torch.allclose(chosen.values[layer][b, h, :2 + count], each.values[layer][0, h, mine], atol=1e-5)
+                kept = each.kept[layer % len(each.kept)][0, h % each.kept[0].shape[1]]
+                assert chosen.kept[layer][b, h, :2 + count].tolist() == kept[mine].tolist()
+        assert chosen.held[b].tolist() == [n < 2 + count for n in range(chosen.held.shape[1])]
+
+
+def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu")
     words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
-    item = replace(items[0], context=words, question=np.array([7, words[20], words[21], 9], dtype=np.int32))
-    held = torch.ones(1, 82, dtype=torch.bool)
-    seen = wire.sees([item], held, 33)[0]
-    assert seen[:2].all() and seen.sum() == 35 and seen[[22, 23]].all()
-    near, = kept_tokens("matched", wire.lm, prompt, [item], [33], wire.rarity)
-    assert words[seen[2:].numpy()].tolist() == near.tolist()  # what its rival reads
-    seen = wire.sees([item], held[:, :22], 5)[0]  # 20 memory tokens, one for four words
-    assert seen.sum() == 7 and seen[2 + 20 // 4] and seen[2:].nonzero().diff(dim=0).max() == 1
-    wire.config.max_prompt_tokens = 40
-    assert wire.sees([item], held[:, :3], 1).all()  # the first of two chunks has no latent at all
+    item = Item(None, words, np.array([7, words[40], words[41], 9], dtype=np.int32), None)
+    kept, = kept_tokens("matched", lm, Prompt(tokenizer), [item], [33], torch.ones(49152))
+    assert {*words[36:46]} < {*kept} and kept.tolist() == [word for word in words if word in kept] and len(kept) == 33
 
 
 def test_a_word_tells_a_place_where_it_is_rare_and_near():
@@ -869,8 +936,8 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
         load_wire(saved, lm, prompt)
     with pytest.raises(UserError, match="its config differs"):
         load_trained(chunky_wire(tiny, **changes, lora_rank=8)[0], saved.folder)
-    for number, says in ((99, f"format 5 is older .*commit {store.READS_OLDER} reads format 4, or train it again"),
-                         (4, "format 5 is newer than this version's 4; update")):
+    for number, says in ((99, "format 6 is older .*; train it again"),
+                         (4, "format 6 is newer than this version's 4; update")):
         monkeypatch.setattr(store, "FORMAT", number)
         with pytest.raises(UserError, match=says):
             read_checkpoint(saved.folder)
@@ -927,7 +994,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
 def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     """40 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
     if (number := read_json(folder / "config.json")["format"]) < store.FORMAT:
-        with pytest.raises(UserError, match=f"format {number} is older .*commit {store.READS_OLDER} reads format 4"):
+        with pytest.raises(UserError, match=f"format {number} is older .*commit {store.READS_OLDER[number]} reads it"):
             read_checkpoint(folder)
         pytest.skip(f"a record of format {number}: python report.py RUN --preserve preserved_data keeps one of today's")
     metrics, saved = read_json(folder.parent / "eval" / "metrics.json"), read_checkpoint(folder)
@@ -954,9 +1021,6 @@ def test_presets(name):
     check_config(config)
     assert train.PRESETS[name].items() <= vars(config).items() and train.micro_size(config, 1) >= 1
     assert parse_config([f"--preset={name}", "--batch", "32"]) == replace(config, batch=32)
-    for flags, count in (("--wire embeds", 3), ("--scope asked", 0), ("--scope asked --ratio 2", 3),
-                         ("--wire tokens", 0), ("--wire tokens --continue 2", 2)):
-        assert parse_config(["--preset", name, *flags.split()]).continuations == count
 
 
 @pytest.mark.parametrize("changes, per_row, sizes", [
@@ -1362,37 +1426,32 @@ def item_of(wire, text=""):
 
 @torch.no_grad()
 def reference(wire, text):
-    """(Generated, numbers of the latents seen or None): the answer from a short text, encoded and read by hand."""
+    """The Generated answer from a short text, encoded and read by hand."""
     item = item_of(wire, text)
-    count, sees = wire.stored(len(item.context)), None
+    count = wire.stored(len(item.context))
     latents, row = wire.encode(wire.source([item.context], [count])), wire.layout.after(item)
-    if (sees := wire.sees([item], latents.held)) is not None:
-        latents, sees = latents.chosen(sees), sees[0, len(wire.layout.before):].nonzero().flatten()
+    if wire.config.scope == "asked":
+        latents = wire.choose(latents, torch.from_numpy(row)[None].long())
     if latents.keys is None:
         row = np.concatenate([wire.layout.before, np.full(count, LATENT), row])
     with use_lora(wire.lm, "reader"):
-        return generate(wire.lm, wire.prompt.tokenizer, [row], latents), sees
+        return generate(wire.lm, wire.prompt.tokenizer, [row], latents)
 
 
 @pytest.mark.parametrize("changes", KINDS + [dict(scope="asked", ratio=2.0)], ids=str)
 def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
     ckpt, wire = files(**changes)
-    doc, (told, sees) = tmp_path / "doc.safetensors", reference(wire, SHORT)
-    assert told.answers != reference(wire, TEXT[-300:])[0].answers  # else nothing is shown
+    doc, told = tmp_path / "doc.safetensors", reference(wire, SHORT)
+    assert told.answers != reference(wire, TEXT[-300:]).answers  # else nothing is shown
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--question", ASKED, "--save", doc, "--format", "fp32")
     out, err = capsys.readouterr()
     tokens, latents, ratio, text, size = re.match(r"(\d+) tokens -> (\d+) latents \((.*?)x\), ([\d,]+) bytes of text, "
                                                   r"([\d,]+) bytes of latents in fp32", err).groups()
     assert out == ask.printable(told.answers[0]) + "\n" and int(text) == len(SHORT)
     assert ratio == f"{int(tokens) / int(latents):.1f}"
-    tensors = load_file(doc)  # the text's tokens are there only where a question needs them
-    kept = sum(x.numel() * 4 for name, x in tensors.items() if name != "ids")
-    assert int(size.replace(",", "")) == kept and ("ids" in tensors) == (sees is not None)
+    assert int(size.replace(",", "")) == sum(x.numel() * 4 for x in load_file(doc).values())  # nothing of the text
     ask_with(ckpt, "--load", doc, "--question", ASKED)
     assert capsys.readouterr().out == out
-    if sees is not None:
-        document = load_document(doc)
-        assert torch.equal(seen(wire, [document], document.latents, item_of(wire))[1][0], sees)
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", tmp_path / "small", "--format", "int4")
     assert not capsys.readouterr().out and (tmp_path / "small").stat().st_size < doc.stat().st_size / 2
     ask_with(ckpt, "--load", tmp_path / "small", "--question", ASKED)
@@ -1410,9 +1469,10 @@ def test_a_long_text_costs_its_chunks(files, changes):
             lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
         latents = encode(wire, ids, count)
         hook.remove()
-    chunks = windows(len(ids), count, wire.chunk)
-    memory = [0 if count == len(ids) else len(starts) for *_, starts in chunks]
-    assert read == [(1, H + end - begin + m) for (begin, end, _), m in zip(chunks, memory)] and len(read) == 5
+    cue, wanted = len(wire.prompt.repeat), []
+    for begin, end, share in divide(len(ids), count, wire.chunk):
+        wanted += [(1, H + end - begin)] + [(1, cue + end - begin)] * (share < end - begin)
+    assert read == wanted and len(read) == (5 if count == len(ids) else 10)
     assert latents.length.tolist() == [H + count] and latents.held.all()
     pairs = [(latents.prefix, at_once.prefix)] if latents.keys is None else [
         (latents.place, at_once.place), *zip(latents.keys + latents.values, at_once.keys + at_once.values)]
@@ -1442,23 +1502,22 @@ def test_several_documents_stand_behind_each_other(files, tmp_path, capsys, chan
 
     parts, H, item = [document.latents for document in documents], len(wire.layout.before), item_of(wire)
     together, sizes = join(wire, parts), [part.held.shape[1] - H for part in parts]
-    latents, numbers = seen(wire, documents, together, item)
-    counts = [len(picked) for picked in numbers]
-    assert together.length.tolist() == [H + sum(sizes)] and counts == ([8] * 3 if changes.get("scope") else sizes)
+    assert together.length.tolist() == [H + sum(sizes)]
     ids = lambda row: torch.from_numpy(row)[None].long()
     after, table = ids(wire.layout.after(item)), wire.lm.get_input_embeddings()
-    if latents.keys is None:
+    if together.keys is None:
         given = {"inputs_embeds": torch.cat([table(ids(wire.layout.before)), together.prefix, table(after)], 1)}
     else:
         second = [k[:, :, H + sizes[0]:][:, :, :sizes[1]] for k in together.keys]
         back = turn(wire.lm, second, torch.full((1, sizes[1]), -sizes[0]))
         assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
-        given = {"input_ids": after, "past_key_values": DynamicCache(list(zip(latents.keys, latents.values))),
+        given = {"input_ids": after, "past_key_values": DynamicCache(list(zip(together.keys, together.values))),
                  "position_ids": together.length[:, None] + torch.arange(after.shape[1])}
     wire.lm.set_attn_implementation("eager")
     with torch.no_grad(), use_lora(wire.lm, "reader"):
-        attention = wire.lm(**given, output_attentions=True).attentions
-    looks = torch.stack([layer[0, :, -1].mean(0) for layer in attention[2:]]).mean(0)[H:H + sum(counts)].split(counts)
+        out = wire.lm(**given, output_attentions=True, use_cache=True)
+    looks = sum(w[0, :, -1].unflatten(0, (2, 2)).amax(1) * layer.values[0].norm(dim=-1)
+                for w, layer in zip(out.attentions, out.past_key_values.layers)).sum(0)[H:H + sum(sizes)].split(sizes)
     assert title == f"part{np.argmax([part.sum().item() for part in looks])}"
 
 
@@ -1468,7 +1527,7 @@ def test_files_of_others_are_refused_in_a_line(files, tmp_path):
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", doc)
     whole, (other, changed) = doc.read_bytes(), files("other")
     with torch.no_grad():
-        changed.tag.add_(0.1)
+        next(iter(changed.trainable().values())).add_(0.1)
     save_checkpoint(other, changed)
 
     def refused(says, ckpt=ckpt):
@@ -1492,7 +1551,7 @@ def test_other_programs_answer_the_same(files, tmp_path, capsys, monkeypatch, ch
     pytest.importorskip("peft")
     ckpt, wire = files(**changes)
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--export", tmp_path / "out")
-    told, page = reference(wire, SHORT)[0], (tmp_path / "out" / "README.md").read_text()
+    told, page = reference(wire, SHORT), (tmp_path / "out" / "README.md").read_text()
     blocks, names = re.findall(r"```python\n(.*?)```", page, re.S), {}
     assert len(blocks) == (1 if changes.get("wire") else 2) and "<" not in page and len(told.ids[0]) > 2
     assert ("reader" in page) == (tmp_path / "out" / "reader").exists() == bool(wire.config.lora_rank)
@@ -1518,39 +1577,37 @@ def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_inspect_shows_every_latent(files, tmp_path, capsys, changes):
+def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, changes):
     ckpt, wire = files(**changes)
     (tmp_path / "doc.txt").write_text(SHORT + " \x1b[31m" + SHORT)
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--question", ASKED, "--inspect")
     out = capsys.readouterr().out
-    shown, drops = out.split("without the latent of these words")
-    assert sum(bool(re.match(r" +\d+  ", line)) for line in shown.splitlines()) == 8
+    shown, looks = out.split("its first token looks at the latents of")
     assert "\x1b" not in out and "log-probability -" in out and "from the first 8 tokens" in out
-    fell = [float(line.split()[0]) for line in drops.splitlines()[1:]]
-    assert len(fell) == 5 and fell == sorted(fell, reverse=True)
+    assert re.search(r"8 of which (each head keeps|the question sees)", shown) and "#" in shown.split("question  ")[0]
+    found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
+    assert len(found) == 8 and found == sorted(found, reverse=True) and 0 < sum(found) < 100.5
 
 
 @torch.no_grad()
-def test_what_inspect_looks_at(files):
-    _, wire = files()
+@pytest.mark.parametrize("changes", [{}, dict(scope="asked"), dict(wire="embeds")], ids=str)
+def test_shares_of_tokens(files, changes):
+    """Of each head's kept tokens, and of what the answer needs: a token's latents count together."""
+    _, wire = files(**changes)
     item, H = item_of(wire, SHORT), len(wire.layout.before)
-    source = wire.source([item.context], [8])
-    plain = wire.encode(source)
-    with ask.watched(wire.lm) as passes:
-        looked = wire.encode(source)
-    (attention, hidden), = passes
-    assert torch.allclose(attention.sum(-1), torch.ones(source.ids.shape), atol=1e-5) and not attention.triu(1).any()
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain.keys, looked.keys))  # watching changes nothing,
-    assert all(torch.equal(a, b) for a, b in zip(plain.keys, wire.encode(source).keys))   # and ends
-    found, total = ask.look(wire, item.context, 8)
-    assert [begin for begin, *_ in found] == [*windows(len(item.context), 8, wire.chunk)[0][2]]
-    assert torch.equal(found[3][3], hidden[0, source.taken[0, H + 3]]) and abs(total.sum() - 8) < 1e-4
-
-    without = plain.rows([0])
-    without.held[0, H + 3] = False
-    logp, less, wanted = (ask.log_probability(wire, latents, item, [5, 6, 7], m)
-                          for latents, m in ((plain, None), (plain, 3), (without, None)))
-    assert less == pytest.approx(wanted, abs=1e-3) and less != pytest.approx(logp, abs=1e-3)
+    T = len(item.context)
+    document = wire.encode(wire.source([item.context], [wire.stored(T)]))
+    heads = 2 if len(document.kept) > 1 else 1
+    counted = torch.zeros(T)
+    for layer in document.kept:
+        for head in layer[0]:
+            counted[head[H:] - H] += 1
+    assert torch.allclose(ask.of_tokens(document, T, H), counted / counted.sum()) and counted.max() <= 4 * heads
+    weights = [torch.zeros(2, document.held.shape[1] - H) for _ in range(4)]
+    weights[2][1, 3], weights[3][0, 5] = 3.0, 1.0
+    share = ask.of_tokens(document, T, H, weights)
+    at = lambda layer, head, m: document.kept[layer % len(document.kept)][0, head % heads, H + m] - H
+    assert share.sum() == 1 and share[at(2, 1, 3)] >= 0.75 and share[at(3, 0, 5)] >= 0.25
 
 
 @pytest.mark.parametrize("changes, flags, says", [
@@ -1638,14 +1695,14 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     assert "wire kv, latents 8" in page and "more 0.3" in page and "## What to change next" in page
     run("report.py", out, "--preserve", kept, "--name", "tiny")
     (copy,), listed = [path for path in kept.iterdir() if path.is_dir()], (kept / "README.md").read_text()
-    assert f"--mode latent --ckpt kept/{copy.name}/ckpt" in listed and READS_OLDER not in listed
+    assert f"--mode latent --ckpt kept/{copy.name}/ckpt" in listed and "git checkout" not in listed
     assert not any(str(place) in path.read_text() for path in kept.rglob("*.json*") for place in (tmp_path, tiny))
     run("eval.py", "--mode", "latent", "--ckpt", copy / "ckpt", *some, "--out", tmp_path / "again")
     assert report.Run(tmp_path / "again").rows["latent"][0]["f1"] == metrics["latent"]["tiny"]["f1"]
     assert "already" in run("report.py", out, "--preserve", kept, "--name", "tiny", code=2).stderr
     about = copy / "ckpt/config.json"
     about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
-    assert f"git checkout {READS_OLDER}" in report.index(kept)  # which reads that checkpoint
+    assert f"git checkout {READS_OLDER[FORMAT - 1]}" in report.index(kept)  # which reads that checkpoint
     monkeypatch.setattr(report, "KEEP_BYTES", 1000)
     with pytest.raises(UserError, match="too large to keep"):
         report.preserve(report.Run(out), kept, "large")
@@ -1655,7 +1712,7 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     ("../shared/preserved_data/2025-10-10_hpc_embedding_smoke", (
         "| Text baseline | 79.6% | 59.0% | Reference", "+2.4%", "| -78.6% |", "7.7x", "3.7x with", "96% of", "82.9%")),
     ("preserved_data/2026-11-26_smollm2_squad_m32", (
-        "| **Latents** | 56.0% [53.1, 58.7]", "encoder pointer", "find 0.3", f"git checkout {READS_OLDER}"))])
+        "| **Latents** | 56.0% [53.1, 58.7]", "encoder pointer", "find 0.3", f"git checkout {READS_OLDER[4]}"))])
 def test_report_reads_older_runs(folder, figures):
     if not (HERE / folder).exists():
         pytest.skip(f"{folder} is not there")

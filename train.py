@@ -56,8 +56,8 @@ class Config(WireConfig):
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
-    continuations: int | None = option(None, "stretches of the text that each row's latents must continue, beside its "
-                                       "questions (default 3 where memory tokens hold the text, else 0)", "--continue")
+    continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions",
+                                "--continue")
     ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then "
                               "the compression")
     lr: float = option(5e-4, "peak learning rate")
@@ -137,8 +137,6 @@ def parse_config(argv=None):
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
-    if config.continuations is None:  # tokens that are not compressed have nothing to learn from it
-        config.continuations = 3 if config.wire != "tokens" and (config.scope != "asked" or config.ratio > 1) else 0
     if config.continuations < 0:
         raise UserError(f"--continue {config.continuations} must not be negative")
     check_config(config)
