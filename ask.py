@@ -2,15 +2,20 @@
 Ask a document of any length: its text is encoded into latents once, then every question is answered from them.
 
     python ask.py --ckpt CKPT --context FILE.txt                                 # questions from the terminal
+    python ask.py --lm smollm2-135m --context FILE.txt                           # the same, nothing trained
     python ask.py --ckpt CKPT --context FILE.txt --question "Who wrote it?"      # CKPT: such as runs/demo/ckpt/best
+    python ask.py --ckpt CKPT --context FILE.txt --questions LIST.txt --json     # many at once, JSON lines
     python ask.py --ckpt CKPT --context FILE.txt --question "..." --inspect      # what is kept, and looked at
     python ask.py --ckpt CKPT --context FILE.txt --save doc.safetensors          # the document as latents
     python ask.py --ckpt CKPT --load doc.safetensors --question "..."            # needs nothing of the text
     python ask.py --ckpt CKPT --load a.safetensors b.safetensors                 # says whose memory it looked at
     python ask.py --ckpt CKPT --context FILE.txt --export DIR                    # for transformers, PEFT and vLLM
 
-Answers go to stdout, everything else to stderr.
+Answers go to stdout, everything else to stderr: how sure the LM is of an answer, and the words that it needed most.
 """
+import contextlib
+import importlib
+import json
 import os
 import sys
 import time
@@ -21,13 +26,20 @@ from common import Parser, UserError, log, run_main
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--ckpt", required=True, help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    p.add_argument("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    p.add_argument("--lm", help="without --ckpt, an LM (hub id, folder, .gguf, smollm2-135m): through an untrained "
+                   "wire")
     given = p.add_argument_group("the document, one of")
     given.add_argument("--context", help="text file (UTF-8)")
     given.add_argument("--load", metavar="FILE", nargs="+", help="latents that --save wrote, with this checkpoint; of "
                        "several an answer names the one that it looked at most")
     asked = p.add_argument_group("the question")
-    asked.add_argument("--question", help="asked once (default: questions, one a line, from the terminal or stdin)")
+    asked.add_argument("--question", help="asked once (default: questions, one a line, as they come from the terminal "
+                       "or a pipe)")
+    asked.add_argument("--questions", metavar="FILE", help="a file of questions, one a line (- for standard input), "
+                       "answered in batches")
+    asked.add_argument("--json", action="store_true", help="print each answer as one JSON object a line: question, "
+                       "answer, probability of its tokens, near or document")
     asked.add_argument("--inspect", action="store_true", help="show which tokens are kept and what the answer rests on")
     asked.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     size = p.add_argument_group("the latents")
@@ -49,39 +61,71 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import LATENT, Example, Prompt, whole
+from data import LATENT, PAD, Example, Prompt, pad, whole
 from export import export
 from lm import embed, generate, importance, lm_identity, load_lm, use_lora
-from model import budgets
-from store import (Document, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
+from model import LatentWire, budgets, untrained
+from store import (Checkpoint, Document, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
                    read_checkpoint, save_document)
+
+BATCH = 25  # questions at once
 
 
 # ------------------------------------------------------------------------------------------------
 # Answers
 
-def answer(wire, latents, item, max_new_tokens, said=None):
-    """What the reader makes of Latents (B = 1), or of token ids in their place, and an item's question: a Generated.
-    said: token ids of an answer whose logits are wanted."""
-    before, row, given = wire.layout.before, wire.layout.after(item), latents
+def answer(wire, latents, items, max_new_tokens, said=None):
+    """What the reader makes of Latents (B rows) or, of one item, of token ids in their place, and the items' questions:
+    a Generated. said: token ids of each answer whose logits are wanted."""
+    before, rows, given = wire.layout.before, [wire.layout.after(item) for item in items], latents
     if isinstance(latents, np.ndarray):
-        row, given = np.concatenate([before, latents, row]), None
+        rows, given = [np.concatenate([before, latents, row]) for row in rows], None
     elif latents.keys is None:
-        row = np.concatenate([before, np.full(latents.prefix.shape[1], LATENT), row])
+        rows = [np.concatenate([before, np.full(latents.prefix.shape[1], LATENT), row]) for row in rows]
     with use_lora(wire.lm, "reader"):
-        return generate(wire.lm, wire.prompt.tokenizer, [row], given, max_new_tokens, golds=said and [said])
+        return generate(wire.lm, wire.prompt.tokenizer, rows, given, max_new_tokens, golds=said)
 
 
-def needs(wire, latents, item):
-    """How much the answer's first token needs each of Latents (B = 1): (heads, M) a layer."""
+def needs(wire, latents, items):
+    """How much each answer's first token needs each of the Latents: (B, heads, M) a layer."""
     H, N, lm = len(wire.layout.before), latents.held.shape[1], wire.lm
-    row, cached = wire.layout.after(item), latents
+    rows, cached = [wire.layout.after(item) for item in items], latents
     if latents.keys is None:
-        row, cached = np.concatenate([wire.layout.before, np.full(N - H, LATENT), row]), None
-    ids = torch.from_numpy(row)[None].long().to(lm.device)
-    asking = torch.arange(ids.shape[1], device=lm.device)[None] == ids.shape[1] - 1
+        rows, cached = [np.concatenate([wire.layout.before, np.full(N - H, LATENT), row]) for row in rows], None
+    ids = pad(rows, PAD).to(lm.device)
+    real = ids != PAD
+    asking = torch.arange(ids.shape[1], device=lm.device) == real.sum(1, keepdim=True) - 1
     embeds = embed(lm, ids, latents.prefix)
-    return [layer[0, :, H:N] for layer in importance(lm, embeds, asking | True, cached, asking, "reader")]
+    return [layer[..., H:N] for layer in importance(lm, embeds, real, cached, asking, "reader")]
+
+
+def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
+    """For each question {"question", "answer", "probability": of the answer's tokens, "document": of several, the title
+    of the one that its first token needs most, "near": where its text is there, the words that it needs most}.
+    together: the documents' Latents, joined; sees: in scope asked, how many of them a question sees."""
+    items = wire.prompt.items([Example("", "", whole(question), ("",)) for question in questions])
+    most = wire.config.max_prompt_tokens // 2
+    for item in items:
+        if len(item.question) > most:
+            raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
+    latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.held.device))
+    needed = needs(wire, latents, items)
+    if wire.config.scope == "asked":
+        latents = wire.choose(latents, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
+    told, found = answer(wire, latents, items, max_new_tokens), []
+    for b, question in enumerate(questions):
+        reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
+        if len(documents) > 1:
+            sizes = [document.latents.held.shape[1] - document.before for document in documents]
+            share = [part.sum().item() for part in sum(layer[b].sum(0) for layer in needed).split(sizes)]
+            reply["document"] = printable(documents[int(np.argmax(share))].title)
+        elif documents[0].ids is not None:
+            ids, one = documents[0].ids, [layer[b] for layer in needed]
+            share = of_tokens(together, len(ids), documents[0].before, one)
+            at = int(share.argmax())
+            reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
+        found.append(reply)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,9 +142,11 @@ def of_tokens(latents, T, before, weights=None):
     return (share / share.sum()).cpu()
 
 
-def inspect(wire, document, latents, item, max_new_tokens):
-    """Print which tokens of a document are kept, and which of them the answer to an item's question rests on. latents:
-    those of the document that the question sees."""
+def inspect(wire, document, latents, question, args):
+    """Print which tokens of a document (of Latents) are kept, and which of them the answer to a question rests on."""
+    item, = wire.prompt.items([Example("", "", question, ("",))])
+    if wire.config.scope == "asked":
+        latents = wire.choose(latents, pad([wire.layout.after(item)], PAD).to(wire.lm.device), args.latents)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
     words = [printable(tokenizer.decode([token])) for token in ids]
@@ -111,14 +157,14 @@ def inspect(wire, document, latents, item, max_new_tokens):
     shade = lambda word, n: f"\x1b[48;5;{16 + n}m\x1b[97m{word}\x1b[0m" if colour and n else word + "·+*#"[n - 1:n]
     print("".join(map(shade, words, (often / often.max() * 4.999).int().tolist())).strip() + "\n")
 
-    told, cut = (answer(wire, given, item, max_new_tokens) for given in (latents, ids[:M]))
-    scored = answer(wire, latents, item, 1, told.ids[0] or [wire.prompt.end])
+    told, cut = (answer(wire, given, [item], args.max_new_tokens) for given in (latents, ids[:M]))
+    scored = answer(wire, latents, [item], 1, [told.ids[0] or [wire.prompt.end]])
     logp = -F.cross_entropy(scored.logits, scored.labels, reduction="sum").item()
     print(f"question  {printable(item.example.question)}")
     print(f"answer    {printable(told.answers[0])}   (log-probability {logp:.2f})")
     print(f"          {printable(cut.answers[0])}   from the first {M} tokens of the text instead of {M} latents")
     print("\nits first token looks at the latents of")
-    share = of_tokens(latents, len(ids), before, needs(wire, latents, item))
+    share = of_tokens(latents, len(ids), before, [layer[0] for layer in needs(wire, latents, [item])])
     for t in share.topk(min(8, len(ids))).indices.tolist():
         around = ["".join(part).strip() for part in (words[max(0, t - 4):t], words[t:t + 1], words[t + 1:t + 5])]
         print(f"{share[t]:>6.1%}  {around[0]} [{around[1]}] {around[2]}")
@@ -134,6 +180,8 @@ def check(args, config):
             raise UserError(f"--{name} {value} must be at least 1")
     if args.context and args.load or not document and not args.export:
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
+    if args.question is not None and args.questions:
+        raise UserError("give --question or --questions, not both")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
     if document and config.wire == "tokens":
@@ -174,52 +222,71 @@ def read_document(args, wire, saved):
 
 
 def typed():
-    """The next line from the terminal or a pipe; empty at its end."""
-    if sys.stdin.isatty():
+    """The next line from the terminal, with a history, or from a pipe; empty at its end."""
+    if not sys.stdin.isatty():
+        return sys.stdin.readline()
+    if not sys.stdout.isatty():  # where input() would put its prompt
         print("? ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline()
+        return sys.stdin.readline()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # gives input() its history
+    try:
+        return input("? ") + "\n"
+    except EOFError:
+        return ""
 
 
-def reply(args, wire, documents, together, question):
-    """Print the answer to a question, or with --inspect what it rests on. Raises UserError for one that is too long."""
-    began, most = time.perf_counter(), wire.config.max_prompt_tokens // 2
-    item = wire.prompt.items([Example("", "", whole(question), ("",))])[0]
-    if len(item.question) > most:
-        raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
-    latents = together
-    if wire.config.scope == "asked":
-        asks = torch.from_numpy(wire.layout.after(item))[None].long().to(wire.lm.device)
-        latents = wire.choose(together, asks, args.latents)
-    if args.inspect:
-        return inspect(wire, documents[0], latents, item, args.max_new_tokens)
-    told = printable(answer(wire, latents, item, args.max_new_tokens).answers[0])
-    if len(documents) > 1:
-        sizes = [document.latents.held.shape[1] - document.before for document in documents]
-        looks = sum(layer.sum(0) for layer in needs(wire, together, item)).split(sizes)
-        told += f"   [{printable(documents[np.argmax([part.sum().item() for part in looks])].title)}]"
-    print(told, flush=True)
-    log(f"  ({time.perf_counter() - began:.2f} s)")
+def say(args, wire, documents, together, questions):
+    """Print the answers: as lines, or with --json as one object a line."""
+    began = time.perf_counter()
+    for reply in replies(wire, documents, together, questions, args.latents, args.max_new_tokens):
+        if args.json:
+            print(json.dumps(reply, ensure_ascii=False), flush=True)
+            continue
+        print(reply["answer"] + (f"   [{reply['document']}]" if "document" in reply else ""), flush=True)
+        log(f"  ({time.perf_counter() - began:.2f} s, sure {reply['probability']:.0%}"
+            + (f", near: {reply['near']}" if "near" in reply else "") + ")")
+
+
+def listed(path):
+    """The questions of a file, or of standard input for "-": one a line."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--questions {path}: cannot be read as UTF-8 text ({error})") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 @torch.no_grad()
 def main(args):
-    saved = read_checkpoint(args.ckpt)
+    if args.ckpt and args.lm:
+        raise UserError("a wire is trained for one LM: give --ckpt, or --lm for an untrained wire")
+    if not args.ckpt and not args.lm:
+        raise UserError("give --ckpt, a trained wire such as runs/demo/ckpt/best, or --lm for an untrained one")
+    saved = read_checkpoint(args.ckpt) if args.ckpt else Checkpoint(None, untrained(args.lm), {}, "untrained")
     check(args, saved.config)
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
-    wire = load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, sys.maxsize)).eval()  # texts are not cut here
+    if not args.ckpt and tokenizer.chat_template:
+        saved.config.prompt = "chat"
+    prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
+    wire = (load_wire(saved, lm, prompt) if args.ckpt else LatentWire(lm, saved.config, prompt)).eval()
     documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
     documents += [read_document(args, wire, saved)] if args.context else []
     together = join(wire, [document.latents for document in documents]) if documents else None
     if args.export:
         export(args.export, wire, together)
         log(f"written to {args.export}; its README.md says how other programs read it")
-    if together and args.question is not None:
-        return reply(args, wire, documents, together, args.question)
-    if not args.save and not args.export:
+    if together and args.inspect:
+        return inspect(wire, documents[0], together, whole(args.question), args)
+    if together and (args.question is not None or args.questions):
+        questions = [args.question] if args.question is not None else listed(args.questions)
+        for start in range(0, len(questions), BATCH):
+            say(args, wire, documents, together, questions[start:start + BATCH])
+    elif not args.save and not args.export:
         sys.stdin.reconfigure(errors="replace")
         for line in filter(str.strip, iter(typed, "")):
             try:
-                reply(args, wire, documents, together, line)
+                say(args, wire, documents, together, [line.strip()])
             except UserError as error:
                 log(f"error: {error}")
 

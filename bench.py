@@ -4,9 +4,12 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     python bench.py all                                   # every part, on SmolLM2-135M and synthetic passages
     python bench.py train answer --data train-v1.1.json.gz
 
+    python bench.py documents --ckpt runs/squad/ckpt/best --data dev-v1.1.json.gz
+
     train    questions a second and peak memory of a training step, for each wire and without each saving
     answer   time to the first answer and for each next question: text against latents
     scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
+    documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
 
 Contenders alternate, in another order each round, and medians are reported: one that slows down slows all.
 """
@@ -19,7 +22,7 @@ from pathlib import Path
 
 from common import Parser, UserError, log, run_main, write_atomic
 
-PARTS = ("train", "answer", "scale")
+PARTS = ("train", "answer", "scale", "documents")
 
 
 def parse_args(argv=None):
@@ -27,6 +30,8 @@ def parse_args(argv=None):
     p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
     p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
+    p.add_argument("--ckpt", help="checkpoint of a trained wire, for `documents`; without it that part is left out")
+    p.add_argument("--samples", type=int, default=50, help="questions of `documents` (default 50)")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
     p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their "
@@ -42,11 +47,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from ask import replies
 from data import Example, Prompt, group_by_context, load_data
 from lm import checkpoint_layers, generate, load_lm
 from model import LatentWire, WireConfig
-from rows import kept_tokens
-from store import place_values
+from rows import f1_score, interval, kept_tokens
+from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
 WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
 
@@ -116,8 +122,7 @@ def step_of(wire, rows):
         kept = None
         if wire.config.wire == "tokens":
             kept = kept_tokens(wire.config.keep, wire.lm, wire.prompt, [row[0] for row in rows], [32] * len(rows))
-        extra = 3 if wire.config.wire != "tokens" else 0
-        batch = wire.collate(rows, wire.stored, None, kept, extra, random.Random(0)).to(wire.rarity.device)
+        batch = wire.collate(rows, wire.stored, None, kept).to(wire.rarity.device)
         wire(batch, WEIGHTS)[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,11 +166,11 @@ def bench_answer(args):
     ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
     for T in [int(x) for x in (args.lengths or "246,1024,8192").split(",")]:
         text, count = long_text(items, T), min(32, T)
-        encode = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device))
-        ready = encode()
+        once = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device))
+        ready = once()
 
         def first():
-            ask(after, encode())
+            ask(after, once())
         times = side_by_side({"text": lambda: ask(np.concatenate([layout.before, text, after])), "first": first,
                               "next": lambda: ask(after, ready)}, args.repeats if T < 4096 else 1)
         cache = {name: places * place_values(lm, "kv") * lm.dtype.itemsize / 1e6
@@ -195,10 +200,10 @@ def bench_scale(args):
                 batch = wire.collate(row, lambda length: min(count(length), length)).to(wire.rarity.device)
                 wire(batch, WEIGHTS)[0].backward()
 
-            def encode():
+            def once():
                 with torch.no_grad():
                     wire.encode(wire.source([text], [count(T)]).to(wire.rarity.device))
-            times = side_by_side({"encode": encode, "step": step}, args.repeats if T < 4096 else 1)
+            times = side_by_side({"encode": once, "step": step}, args.repeats if T < 4096 else 1)
             for name, value in times.items():
                 taken[name].append(value)
             rows.append([f"{rule}, {T}", *(f"{1e3 * times[name]:.0f}" for name in taken)])
@@ -211,8 +216,47 @@ def bench_scale(args):
     return result
 
 
+@torch.no_grad()
+def bench_documents(args):
+    """Each question is on a paragraph of its own article; the others' stand beside it, in random order."""
+    saved = read_checkpoint(args.ckpt)
+    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
+    wire = load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
+    examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)
+    random.Random(0).shuffle(examples)
+    articles = list({example.title or example.context: example for example in examples}.values())
+    contexts = {example.context: example for example in [*articles, *examples]}  # of other articles where there are
+    items = wire.prompt.items(list(contexts.values())[:args.samples])
+    H, rng = len(wire.layout.before), random.Random(0)
+    stored = [Document(encode(wire, item.context, wire.stored(len(item.context))), H, str(n))
+              for n, item in enumerate(items)]
+    result, rows = {}, []
+    for count in (1, 2, 4):
+        f1, right = [], []
+        for n, item in enumerate(items):
+            numbers = rng.sample([other for other in range(len(items)) if other != n], count - 1) + [n]
+            rng.shuffle(numbers)
+            documents = [stored[number] for number in numbers]
+            together = join(wire, [document.latents for document in documents])
+            reply, = replies(wire, documents, together, [item.example.question])
+            f1.append(f1_score(reply["answer"], item.example.answers))
+            right.append(float(reply.get("document", str(n)) == str(n)))
+        result[count] = {"f1": float(np.mean(f1)), "f1_ci95": interval(f1), "named": float(np.mean(right)),
+                         "named_ci95": interval(right)}
+        percent = lambda mean, ends: f"{100 * mean:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+        rows.append([count, percent(result[count]["f1"], result[count]["f1_ci95"]),
+                     percent(result[count]["named"], result[count]["named_ci95"])])
+        log(f"documents: {count} done")
+    table(["documents", "F1", "right one named"], rows)
+    return result
+
+
 def main(args):
     parts = PARTS if "all" in args.parts else args.parts
+    if "all" in args.parts and not args.ckpt:
+        parts = [part for part in PARTS if part != "documents"]
+    if "documents" in parts and not args.ckpt:
+        raise UserError("documents needs a trained wire: give --ckpt")
     for part in parts:
         if part not in PARTS:
             raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")

@@ -2,7 +2,7 @@
 Data: where examples come from, how a prompt is put together, and in which order a run sees it.
 
     load_data("squad", "dev")             official SQuAD v1.1, downloaded once and checked
-    load_data("path/to/file.json.gz")     SQuAD v1.1 or v2.0 layout, or one JSON object a line (.jsonl)
+    load_data("path/to/file.json.gz")     SQuAD v1.1 or v2.0 layout, a list of records, or one a line (.jsonl)
     load_data("synthetic", "train")       passages made here, for machines without a download
 
 A prompt has six pieces, tokenised apart so that every row of the evaluation shares the same token ids:
@@ -21,19 +21,28 @@ import json
 import os
 import random
 import re
+import tempfile
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common import UserError, log
 
-CACHE = Path(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")).expanduser()
+def _cache():
+    """The folder of what is downloaded and converted; of a user without a home, a temporary one."""
+    try:
+        return Path(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")).expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "latentwire"
+
+
+CACHE = _cache()
 SQUAD_URL = os.environ.get("LATENTWIRE_SQUAD_URL", "https://rajpurkar.github.io/SQuAD-explorer/dataset/")
 SQUAD_SHA256 = {
     "train": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
@@ -74,94 +83,130 @@ def load_data(source, split="train", samples=None, seed=0):
     return [examples[i] for i in random.Random(seed).sample(range(len(examples)), samples)]
 
 
+# What other formats become lines of JSON with, in the folder of the file.
+CONVERT = {".parquet": "pandas.read_parquet({0!r}).to_json({1!r}, orient='records', lines=True)",
+           ".csv": "pandas.read_csv({0!r}).to_json({1!r}, orient='records', lines=True)",
+           ".tsv": "pandas.read_csv({0!r}, sep='\\t').to_json({1!r}, orient='records', lines=True)",
+           ".arrow": "datasets.Dataset.from_file({0!r}).to_json({1!r})"}
+
+
 def load_squad(source, split="train"):
-    """Read SQuAD by name ("squad") or from a .json, .json.gz or .jsonl file. Unanswerable questions (SQuAD v2.0)
-    are left out and counted in a notice. Raises UserError naming the file, line or key that is wrong."""
+    """Read SQuAD by name ("squad") or from a file: SQuAD v1.1 or v2.0 layout, a list of records, or one record a line,
+    each {"context", "question", "answers"} and, if any, "id" and "title"; .gz or not. Answers may be a string, a list
+    of strings, or SQuAD's {"text": ...} in either shape. Questions without an answer (SQuAD v2.0, or "") are left out
+    and counted in a notice. Raises UserError naming the file, line or key that is wrong."""
     path = download_squad(split) if source == "squad" else Path(source).expanduser()
     if path.is_dir():
         raise UserError(f"--data {source} is a folder; name the .json, .json.gz or .jsonl file in it")
     if not path.exists():
         raise UserError(f"--data {source}: no such file; give a path, or one of the names squad, synthetic")
+    if path.suffix in CONVERT:
+        code = CONVERT[path.suffix].format(path.name, f"{path.stem}.jsonl")
+        raise UserError(f"--data {source} is not JSON; convert it: python -c \"import {code.split('.')[0]}; {code}\"")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
             text = f.read()
     except EOFError:
         raise UserError(f"{path} is a truncated gzip file; copy or download it again") from None
     except (zlib.error, UnicodeDecodeError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    is_lines = path.name.removesuffix(".gz").endswith(".jsonl")
-    examples, unanswerable = (_read_jsonl if is_lines else _read_squad_json)(path, text)
-    if unanswerable:
-        log(f"notice: {path.name}: left out {unanswerable} questions without an answer")
+    found = [_example(path, where, record) for where, record in _records(path, text)]
+    examples = [example for example in found if example.answers]
+    if len(found) > len(examples):
+        log(f"notice: {path.name}: left out {len(found) - len(examples)} questions without an answer")
     if not examples:
         raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
-    if "\\u" in text or "\\U" in text:  # only an escape can spell a lone surrogate
-        examples = [Example(*map(whole, (e.id, e.context, e.question)), tuple(map(whole, e.answers)), whole(e.title))
-                    for e in examples]
+    return _distinct(path, examples)
+
+
+def _records(path, text):
+    """(where it stands in the file, record) of each question; what surrounds a record in SQuAD's layout is in it."""
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        yield from _lines(path, text)
+        return
+    try:
+        root = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, whatever the file is called
+            yield from _lines(path, text)
+            return
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+    rows = root.get("data", [root]) if isinstance(root, dict) else root
+    if not isinstance(rows, list):
+        raise UserError(f"{path} is JSON but neither in SQuAD layout (data > paragraphs > context, qas) nor a list of "
+                        "records with context, question, answers")
+    for n, row in enumerate(rows):
+        if not isinstance(row, dict) or "paragraphs" not in row:
+            yield f": record {n}", row
+            continue
+        where = f": data[{n}].paragraphs"
+        for p, paragraph in enumerate(_part(path, where, row["paragraphs"], list)):
+            for q, qa in enumerate(_part(path, f"{where}[{p}]", paragraph, dict, "qas", list)):
+                context = _part(path, f"{where}[{p}]", paragraph, dict, "context", str)
+                yield f"{where}[{p}].qas[{q}]", {"context": context, "title": row.get("title"),
+                                                 **_part(path, f"{where}[{p}].qas[{q}]", qa, dict)}
+
+
+def _lines(path, text):
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f" line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
+
+
+KINDS = {dict: "an object", list: "a list", str: "a string"}
+
+
+def _part(path, where, value, kind, key=None, inner=None):
+    """The value, or what it has under a key, if each is of its kind."""
+    if not isinstance(value, kind):
+        raise UserError(f"{path}{where} is not {KINDS[kind]}")
+    if key is None:
+        return value
+    if key not in value:
+        raise UserError(f"{path}{where} lacks the key '{key}'")
+    return _part(path, f"{where}, {key},", value[key], inner)
+
+
+def _example(path, where, record):
+    """The Example of a record; without answers where it has none, or none but blanks."""
+    take = lambda key, kind: _part(path, where, record, dict, key, kind)
+    text = lambda value: whole(value).replace("\r\n", "\n")
+
+    def flat(answers):
+        if isinstance(answers, dict) and "text" in answers:
+            return flat(answers["text"])
+        if isinstance(answers, list):
+            return [one for answer in answers for one in flat(answer)]
+        if answers is None:
+            return []
+        if not isinstance(answers, (str, int, float)) or isinstance(answers, bool):
+            raise UserError(f"{path}{where}: an answer must be a string, not {json.dumps(answers)[:40]}")
+        return [text(str(answers))]
+    context, question = text(take("context", str)), text(take("question", str))
+    answers = [] if record.get("is_impossible") else flat(take("answers", object))
+    name = lambda key: text(str(value)) if (value := record.get(key)) is not None else ""
+    return Example(name("id"), context, question, tuple(filter(str.strip, answers)), name("title"))
+
+
+def _distinct(path, examples):
+    """The same with ids that tell them apart: what has none is called by its number, and what comes twice too."""
+    seen, again = set(), 0
+    for number, example in enumerate(examples, 1):
+        if example.id in seen or not example.id:
+            again += bool(example.id)
+            examples[number - 1] = replace(example, id=f"{example.id}#{number}")
+        seen.add(example.id)
+    if again:
+        log(f"notice: {path.name}: {again} ids are there twice; their questions' numbers are put behind them")
     return examples
 
 
 def whole(text):
     """Lone surrogates, which JSON can spell but UTF-8 cannot, become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _read_squad_json(path, text):
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); one object a line belongs in a .jsonl "
-                        "file") from None
-    if not isinstance(root, dict) or "data" not in root:
-        raise UserError(f"{path} has no key 'data' at its top; SQuAD layout is data > paragraphs > context, qas")
-    examples, unanswerable = [], 0
-    try:
-        for a, article in enumerate(root["data"]):
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for qa in paragraph["qas"]:
-                    answers = tuple(answer["text"] for answer in qa["answers"])
-                    if not all(isinstance(value, str) for value in (paragraph["context"], qa["question"], *answers)):
-                        raise TypeError
-                    if qa.get("is_impossible") or not answers:
-                        unanswerable += 1
-                    else:
-                        examples.append(Example(str(qa["id"]), paragraph["context"], qa["question"], answers,
-                                                str(article.get("title", ""))))
-    except KeyError as error:
-        where = f"data[{a}].paragraphs[{p}]" if "p" in locals() else "data[0]"
-        raise UserError(f"{path}: {where} lacks the key {error}; SQuAD layout is data > paragraphs > context, "
-                        "qas") from None
-    except (TypeError, AttributeError):
-        raise UserError(f"{path} is JSON but not in SQuAD layout (data > paragraphs > context, qas)") from None
-    return examples, unanswerable
-
-
-def _read_jsonl(path, text):
-    """A line: {"context": str, "question": str, "answers": [str] or {"text": [str]} or str}; id, title if any."""
-    examples, unanswerable = [], 0
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            answers = record["answers"]
-            answers = answers["text"] if isinstance(answers, dict) else answers
-            answers = tuple([answers] if isinstance(answers, str) else answers)
-            context, question, title = record["context"], record["question"], str(record.get("title", ""))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
-        except KeyError as error:
-            raise UserError(f"{path} line {number} lacks the key {error}; each line needs context, question, "
-                            "answers") from None
-        except (TypeError, AttributeError):
-            raise UserError(f"{path} line {number} is not an object with context, question, answers") from None
-        if not all(isinstance(value, str) for value in (context, question, *answers)):
-            raise UserError(f"{path} line {number}: context, question and every answer must be strings")
-        if answers:
-            examples.append(Example(str(record.get("id", number)), context, question, answers, title))
-        else:
-            unanswerable += 1
-    return examples, unanswerable
 
 
 def download_squad(split):
@@ -312,29 +357,47 @@ class Prompt:
     def __init__(self, tokenizer, style="plain", max_prompt_tokens=1024):
         self.tokenizer, self.style, self.max_prompt_tokens = tokenizer, style, max_prompt_tokens
         if style == "plain":
-            self.pre, self.post = self._template(tokenizer("").input_ids), self._template([])
+            first = tokenizer("").input_ids
+            if first and first[-1] == tokenizer.eos_token_id and first != [tokenizer.bos_token_id]:
+                first = first[:-1]  # add_eos_token: the text goes on here
+            self.pre, self.post = self._template(first), self._template([])
         elif style == "chat":
             if not getattr(tokenizer, "chat_template", None):
                 raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt "
                                 "plain")
-            user = "\u241fuser\u241f"  # marks where the user's text goes in the rendered template
-            try:
-                messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
-                rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                before, after = rendered.split(user)
-            except Exception as error:  # whatever its template raises
-                raise UserError("--prompt chat: this tokenizer's template does not take a system and a user message "
-                                f"({error}); use --prompt plain") from None
             self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids)
-                                   for part in (before, after))
+                                   for part in self._around_user())
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
-        self.head, self.anchor = map(self.tokenize, ("Context:", "Answer:"))
-        self.repeat, self.cue = map(self.tokenize, ("\nRepeat:", "\nContinue:"))
+        self.mark, self.skip = "", 0
+        self.head = self.tokenize("Context:")
+        # SentencePiece puts a space in front of a text: " Rome" would be two pieces, and one where it goes on a text.
+        start, alone, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "a", "\na"))
+        if behind[:len(start)] == start and behind[len(start):] != alone:
+            self.mark, self.skip = "\n", len(start)
+        self.anchor, self.repeat, self.cue = map(self.tokenize, ("Answer:", "\nRepeat:", "\nContinue:"))
         # around every question
         self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
+
+    def _around_user(self):
+        """What a chat template puts before and behind the user's text."""
+        user = "\u241fuser\u241f"  # marks where that goes in the rendered template
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+        # Not today's date: a wire must read tomorrow what it was trained on. And no thoughts before the answer.
+        template = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}" + self.tokenizer.get_chat_template()
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True,
+                date_string="01 Jan 2025", enable_thinking=False)
+            before, after = rendered.split(user)
+        except Exception as error:  # whatever its template raises
+            raise UserError("--prompt chat: this tokenizer's template does not take a system and a user message "
+                            f"({error}); use --prompt plain") from None
+        if after.rfind("<think>") > after.rfind("</think>"):
+            after = f"{after.rstrip()}\n\n</think>\n\n"
+        return before, after
 
     @staticmethod
     def _template(ids):
@@ -347,10 +410,10 @@ class Prompt:
     def _tokenize_all(self, texts):
         """Token ids of each text. Many texts are tokenised once and kept in the cache, whose names are checksums."""
         if len(texts) < CACHED_TEXTS or not self.tokenizer.is_fast:
-            ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
-                                 return_attention_mask=False).input_ids
-            return [self._template(row) for row in ids]
-        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
+            ids = self.tokenizer([self.mark + text for text in texts], add_special_tokens=False,
+                                 split_special_tokens=True, return_attention_mask=False).input_ids
+            return [self._template(row[self.skip:]) for row in ids]
+        digest = hashlib.sha256((self.tokenizer.backend_tokenizer.to_str() + self.mark).encode("utf-8"))
         for text in texts:
             digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
         path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"

@@ -58,9 +58,10 @@ import numpy as np
 import torch.distributed as dist
 
 from data import Prompt, load_data, synthetic_chance
-from lm import join, load_lm, pick_device, shard
-from model import budgets
-from rows import ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, rows_of, split_row, summary
+from lm import check_length, join, lm_identity, load_lm, pick_device, shard
+from model import LatentWire, budgets, untrained
+from rows import (ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, rows_of, split_row, summary,
+                  words_of)
 from store import FORMATS, GROUP, SCALE_BITS, load_wire, payload_bytes, place_values, read_checkpoint
 
 
@@ -115,7 +116,9 @@ def read_earlier(folder, fingerprint):
     metrics, records = _read_results(folder)
     if metrics.get("fingerprint") != fingerprint:
         if metrics:
-            log(f"notice: {folder / 'metrics.json'} is of another LM, data or setting; it is replaced")
+            theirs = metrics.get("fingerprint", {})
+            other = ", ".join(key for key in fingerprint if theirs.get(key) != fingerprint[key])
+            log(f"notice: {folder / 'metrics.json'} is of another {other}; it is replaced")
         return {}, []
     return metrics, records
 
@@ -222,13 +225,14 @@ def choose_rows(mode, config):
     own = rows_of(config) if config else [name for name, row in ROWS.items() if not row.trained]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
-            why = f"--wire {config.wire} has none" if config else "without --ckpt"
+            why = f"--wire {config.wire} has none" if config else ("there is no --ckpt; `--mode latent` by name is an "
+                                                                   "untrained wire's")
             log(f"notice: {', '.join(missing)} are left out: {why}")
         return own
     rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))
     for name in rows:
         row = split_row(name)[0]
-        if row not in own:
+        if row not in own and (config or ROWS[row].latents not in ("own", "other")):
             raise UserError(f"--mode {name} needs " + (
                 f"another wire than this one of --wire {config.wire}: train one with --wire "
                 f"{'embeds' if row == 'adapter' else 'kv'}"
@@ -337,11 +341,18 @@ def main():
         if not saved:
             raise UserError("--shard needs --ckpt: it is for trained wires")
     lm_name = args.lm or (config.lm if config else "smollm2-135m")
+    if not config and any(ROWS[split_row(row)[0]].latents for row in rows):
+        config = untrained(lm_name, args.prompt or "plain", args.max_prompt_tokens or 1024)
     wired = bool(config and config.wire != "tokens")
     lm, tokenizer = load_lm(lm_name, dtype, "cpu" if args.shard else args.device, wired)
+    identity = lm_identity(lm)
     prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
                     args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
+    check_length(lm, prompt.max_prompt_tokens)
     wire = load_wire(saved, lm, prompt).eval() if saved else None
+    if config and not saved:
+        wire = LatentWire(lm, config, prompt).eval()
+        wire.rarity.copy_(words_of(prompt, lm))
     if args.shard:
         shard(wire, device)
     M = args.latents or (max(budgets(config)) if config else 32)
@@ -353,13 +364,15 @@ def main():
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
-    fingerprint = {"lm": name, "data": data_checksum(items), "prompt": prompt.style,
-                   "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio, "format": args.format,
-                   "max_new_tokens": args.max_new_tokens}
+    fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "data": data_checksum(items),
+                   "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
+                   "format": args.format, "max_new_tokens": args.max_new_tokens, "device": device.type,
+                   "dtype": str(dtype), "git_commit": provenance()["git_commit"]}
     metrics, records = read_earlier(out / "eval", fingerprint)
-    if saved and metrics.get("ckpt_sha256") != saved.checksum:
+    checksum = saved.checksum if saved else "untrained"
+    if config and metrics.get("ckpt_sha256") != checksum:
         forget_wire(metrics, records)
-        metrics["ckpt_sha256"] = saved.checksum
+        metrics["ckpt_sha256"] = checksum
     begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),
                            "golds": list(item.example.answers)}

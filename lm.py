@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -43,15 +42,17 @@ from data import CACHE, LATENT, PAD, pad
 # Load and read
 
 def pick_device(name=None):
-    """(device, dtype, why): CUDA with bf16 where it has it, else float32, which is also the fastest on CPUs."""
+    """(device, dtype, why): CUDA with bf16 where the hardware has it, else float32, also the fastest on CPUs."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name} is unknown; there are cpu, cuda, cuda:0, ...")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name} is unknown; there are cpu, cuda, cuda:0, ..., mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count() > 0:
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
-    bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported()
+    bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)  # T4 and V100 emulate
     why = "the GPU has bf16" if bf16 else "exact, and on CPUs the fastest" if name == "cpu" else "this GPU has no bf16"
     return torch.device(name), torch.bfloat16 if bf16 else torch.float32, why
 
@@ -100,6 +101,7 @@ def load_lm(name, dtype=None, device=None, wired=False):
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end token")
     lm.name = str(name)
+    lm_identity(lm)
     return lm.requires_grad_(False).eval(), tokenizer
 
 
@@ -234,12 +236,18 @@ def _converted(gguf):
 
 
 def lm_identity(lm):
-    """What tells one LM from another whatever path it was loaded from: shape, and a checksum of some embeddings (in
-    bf16, so that the dtype it is loaded in does not matter)."""
-    rows = lm.get_input_embeddings().weight[:64].to("cpu", torch.bfloat16).view(torch.int16).numpy()
-    return {"name": lm.name, "model_type": lm.config.model_type, "hidden_size": lm.config.hidden_size,
-            "layers": lm.config.num_hidden_layers, "vocab_size": lm.config.vocab_size,
-            "embedding_sha256": hashlib.sha256(rows.tobytes()).hexdigest()[:16]}
+    """What tells one LM from another whatever path it was loaded from: shape, and a checksum of up to 64 values of
+    every weight (in bf16, so that the dtype it is loaded in does not matter): a fine-tune may leave the embeddings as
+    they were. Taken once, when the LM is loaded or first wired; a sharded one no longer has its weights together."""
+    if not hasattr(lm, "identity"):
+        digest = hashlib.sha256()
+        for weight in lm.parameters():
+            some = weight.detach().flatten()[::max(1, weight.numel() // 64)][:64]
+            digest.update(some.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        lm.identity = {"model_type": lm.config.model_type, "hidden_size": lm.config.hidden_size,
+                       "layers": lm.config.num_hidden_layers, "vocab_size": lm.config.vocab_size,
+                       "weights_sha256": digest.hexdigest()[:16]}
+    return {"name": lm.name, **lm.identity}
 
 
 def embed(lm, ids, prefix=None):
@@ -342,15 +350,16 @@ def turning_layers(lm):
 
 
 def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, **kwargs):
-    """SDPA attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
+    """Attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
     each = query.unflatten(1, (key.shape[1], -1))                                  # (B, heads, group, S, d_head)
     weight = (each @ key[:, :, None].transpose(-1, -2) * scaling).masked_fill(~attention_mask[:, :, None], -torch.inf)
-    weight = weight.float().softmax(-1) * asking[:, None, None, :, None]
-    noted.append(weight.amax((2, 3)) * value.float().norm(dim=-1))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    weight = weight.softmax(-1, dtype=torch.float32)
+    noted.append((weight * asking[:, None, None, :, None]).amax((2, 3)) * value.float().norm(dim=-1))
+    out = weight.to(value.dtype) @ value[:, :, None]
+    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("sdpa_noted", _attend_and_note)
+AttentionInterface.register("noted", _attend_and_note)
 
 
 @torch.no_grad()
@@ -368,7 +377,7 @@ def importance(lm, embeds, real, cached=None, asking=None, lora=None):
         place = torch.cat([cached.place, position], 1)
     mask = masks(lm, allowed, position, place)
     noted, before = [], lm.config._attn_implementation
-    lm.config._attn_implementation = "sdpa_noted"
+    lm.config._attn_implementation = "noted"
     try:
         with use_lora(lm, lora):
             lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
@@ -400,6 +409,14 @@ def check_cache(name, config):
                         "Llama, Qwen, Mistral or SmolLM")
 
 
+def check_length(lm, tokens):
+    """Raise UserError for --max_prompt_tokens of more than the LM has positions."""
+    most = getattr(lm.config, "max_position_embeddings", None) or math.inf
+    if tokens > most:
+        raise UserError(f"--max_prompt_tokens {tokens} is more than the {most} positions of {lm.name}; give {most} or "
+                        "less")
+
+
 def checkpoint_layers(lm):
     """Keep each layer's input alone and compute the rest again in the backward pass (Chen et al., arXiv 1604.06174),
     under the LoRA set that was on in the forward pass: encoder and reader are two passes of one LM in one graph.
@@ -424,6 +441,7 @@ class Generated:
     ids: list        # of the new token ids, up to the end token
     prefill: float   # seconds until the first token
     decode: float    # seconds after it
+    sure: list       # mean probability 0..1 of each answer's tokens
     logits: object = None  # (A, V) of the positions that predict the gold answers' tokens, when golds were given
     labels: object = None  # (A,) those tokens
     first: object = None   # (A,) bool, which of them are an answer's first
@@ -475,9 +493,12 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
     end = lm.generation_config.eos_token_id
     end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
     done, tokens, first = torch.zeros(len(rows), 1, dtype=torch.bool, device=device), [], None
+    chances, known = [], len(tokenizer)  # vocabularies are padded: behind it are ids that no text has
     while True:
-        token = torch.where(done, tokenizer.eos_token_id, head(lm, hidden[:, -1:]).argmax(-1))  # (B, 1)
+        chance, token = head(lm, hidden[:, -1:])[..., :known].float().softmax(-1).max(-1)  # (B, 1)
+        token = torch.where(done, tokenizer.eos_token_id, token)
         tokens.append(token)
+        chances.append(chance)
         words = zip(token.flatten().tolist(), tokenizer.batch_decode(token))
         done = done | torch.tensor([[number in end or "\n" in text] for number, text in words], device=device)
         first = first or time.perf_counter()  # the token is here: it was decoded
@@ -488,7 +509,9 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
     last = time.perf_counter()
     new = [[*itertools.takewhile(lambda token: token not in end, row)] for row in torch.cat(tokens, 1).tolist()]
     answers = [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    result = Generated(answers, new, first - start, last - first)
+    chances = torch.cat(chances, 1)
+    sure = [chance[:max(1, len(row))].mean().item() for chance, row in zip(chances, new)]
+    result = Generated(answers, new, first - start, last - first, sure)
     if golds is not None:  # read from the prompt's last token on
         reading.back(N - 1)
         labels = pad(golds, PAD).to(device)  # (B, G)

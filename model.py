@@ -33,7 +33,8 @@ import torch.nn.functional as F
 
 from common import UserError
 from data import LATENT, PAD, continuations, lay_source, pack, pad
-from lm import Tape, add_lora, embed, head, importance, masks, turn, turning_layers, use_lora
+from lm import (Tape, add_lora, check_length, embed, head, importance, lm_identity, masks, turn, turning_layers,
+                use_lora)
 from losses import wire_loss
 
 
@@ -98,6 +99,11 @@ def check_config(config):
         raise UserError("--scope asked shows each question its own part of a cache; give --wire kv with it")
     if config.wire == "tokens" and not config.lora_rank:
         raise UserError("--wire tokens with --lora_rank 0 leaves nothing to train; give --lora_rank 16")
+
+
+def untrained(lm, prompt="plain", max_prompt_tokens=1024):
+    """The WireConfig of a wire that nothing has been trained for: what each head of the plain LM keeps, read by it."""
+    return WireConfig(lm=lm, prompt=prompt, max_prompt_tokens=max_prompt_tokens, encoder_rank=0, lora_rank=0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -198,6 +204,8 @@ class LatentWire(nn.Module):
         super().__init__()
         self.lm, self.config, self.prompt, self.layout = lm, config, prompt, prompt.layout(config.scope)
         last, d = lm.config.num_hidden_layers - 1, lm.config.hidden_size
+        check_length(lm, config.max_prompt_tokens)
+        lm_identity(lm)  # before there is LoRA in it
         device = lm.get_input_embeddings().weight.device
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
         used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError
-from data import LATENT, PAD, group_by_context, pad
+from data import LATENT, PAD, pad
 from lm import embed, generate, head, use_lora
-from model import Latents, budget, budgets, nearness, places, rarity
+from model import Latents, budget, budgets, nearness, places
 from store import FORMATS, through
 
 
@@ -108,9 +108,13 @@ def normalize(text):
 
 
 def f1_score(prediction, golds):
-    """Token F1 in 0..1 against the best of the gold answers, equal to SQuAD v1.1's official script."""
+    """Token F1 in 0..1 against the best of the gold answers, equal to SQuAD's official script: of v1.1, and where the
+    answer or a gold is nothing but articles and punctuation, which have no token, of v2.0: 1 if both are, else 0.
+    Tokens are what stands between spaces: in scripts without them F1 is exact match."""
     def one(gold):
         p, g = normalize(prediction).split(), normalize(gold).split()
+        if not p or not g:
+            return float(p == g)
         same = sum((Counter(p) & Counter(g)).values())
         return 2 * same / (len(p) + len(g)) if same else 0.0
     return max(map(one, golds), default=0.0)
@@ -172,14 +176,18 @@ def most_surprising(lm, prompt, contexts, counts):
 
 
 def other_contexts(items):
-    """For each item the number of an item with another context, the same one for all questions of a context."""
+    """For each item the number of an item with another context, the same one for all questions of a context: of
+    another article where there is one, for a paragraph's neighbour may hold its answers."""
     first = {}
     for number, item in enumerate(items):
         first.setdefault(item.example.context, number)
     if len(first) < 2:
         raise UserError("latent_shuffled needs questions of at least two contexts; raise --samples")
-    numbers = list(first.values())
-    after = dict(zip(first, numbers[1:] + numbers[:1]))
+    numbers, after = list(first.values()), {}
+    for place, context in enumerate(first):
+        others = numbers[place + 1:] + numbers[:place]
+        title = items[numbers[place]].example.title
+        after[context] = next((n for n in others if not title or items[n].example.title != title), others[0])
     return [after[item.example.context] for item in items]
 
 
@@ -258,11 +266,20 @@ def read_text(row, wire, lm, prompt, items, M, ratio, rare):
     return [row.reads(prompt, item, text) for item, text in zip(items, kept)]
 
 
-def words_of(items, prompt, lm):
-    """`rarity` of words where no wire has counted any: among these items' contexts, each once, and questions."""
-    contexts = [items[group[0]].context for group in group_by_context(items)]
-    vocabulary = lm.get_input_embeddings().weight.shape[0]
-    return rarity(contexts, [item.question for item in items], prompt.around, vocabulary)
+def ranks(logits, labels):
+    """How many tokens come before each label (n,) in the order of its logits (n, V), of equals the lower id first, as
+    argmax has it: bf16 has many equals."""
+    own = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    return ((logits > own) | (logits == own) & earlier).sum(1)
+
+
+def words_of(prompt, lm):
+    """`rarity` of words (V,) where no wire has counted any: all alike, but for what stands around every question. To
+    count them among the questions asked would make one's answer depend on the others."""
+    rare = torch.ones(lm.get_input_embeddings().weight.shape[0])
+    rare[torch.from_numpy(prompt.around).long()] = 0
+    return rare
 
 
 @torch.no_grad()
@@ -276,9 +293,9 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
     row, form = ROWS[name], own_form or form
     M, ratio = (own, None) if own else (M, ratio)
     others = [items[o] for o in other_contexts(items)] if row.latents == "other" else items
-    rare = None if row.keep != "matched" else wire.rarity if wire else words_of(items, prompt, lm)
+    rare = None if row.keep != "matched" else wire.rarity if wire else words_of(prompt, lm)
     answers, ids, hits, total = [None] * len(items), [None] * len(items), [], Counter()
-    for chunk in length_batches([len(item.context) for item in items], batch):
+    for chunk in length_batches([len(other.context) for other in others], batch):
         given, latents = [items[i] for i in chunk], None
         began = time.perf_counter()
         if row.latents:
@@ -296,8 +313,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
                            golds=[item.answer[:-1] for item in given])
         nll = F.cross_entropy(out.logits, out.labels, reduction="sum").item()
         total.update(prefill_s=out.prefill, decode_s=out.decode, tokens=len(out.labels), nll=nll)
-        label_logit = out.logits[out.first].gather(1, out.labels[out.first, None])
-        hits += (out.logits[out.first] > label_logit).sum(1).tolist()  # how many tokens are likelier than the gold one
+        hits += ranks(out.logits[out.first][:, :len(tokenizer)], out.labels[out.first]).tolist()
         for i, text, new in zip(chunk, out.answers, out.ids):
             answers[i], ids[i] = text, new
         if bar is not None:
@@ -307,11 +323,28 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         "answers": answers, "ids": ids,
         "f1": [f1_score(a, item.example.answers) for a, item in zip(answers, items)],
         "em": [exact_match(a, item.example.answers) for a, item in zip(answers, items)],
-        "nll_token": total["nll"] / total["tokens"],
+        "nll_token": total["nll"] / total["tokens"], "tokens": total["tokens"],
         "first_token_top1": float((hits < 1).mean()), "first_token_top5": float((hits < 5).mean()),
         **{key: total[key] / n for key in ("tokens_read", "source_tokens", "latents")},
         **{key: total[key] for key in ("encode_s", "prefill_s", "decode_s")},
     }
+
+
+def merge(parts):
+    """What `evaluate_row` returns for items of which parts[i] is what it returned for items[i::len(parts)]."""
+    size, merged = [len(part["f1"]) for part in parts], {}
+    for key, first in parts[0].items():
+        values = [part[key] for part in parts]
+        if isinstance(first, list):
+            merged[key] = [None] * sum(size)
+            for i, value in enumerate(values):
+                merged[key][i::len(parts)] = value
+        elif key == "tokens" or key.endswith("_s"):
+            merged[key] = sum(values)
+        else:
+            weights = [part["tokens"] for part in parts] if key == "nll_token" else size
+            merged[key] = float(np.average(values, weights=weights))
+    return merged
 
 
 def summary(result):

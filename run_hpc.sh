@@ -9,13 +9,14 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
 #
-# One script, four ways to run it:
+# One script, five ways to run it:
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row, asks the wire. About 15 minutes the first time; interrupted, it goes on where it was.
 #   bash run_hpc.sh test     installs into .venv and runs every test, about 12 minutes on 2 cores.
 #   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
 #                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,embeds
+#   bash run_hpc.sh gpu      one GPU, ten minutes: checks it, trains and evaluates the recommended run, measures. --dry without.
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
 #                            row. `sbatch --nodes=4 run_hpc.sh` takes four. Without SLURM: bash run_hpc.sh.
 #
@@ -84,6 +85,13 @@ ablate)
   setup
   exec .venv/bin/python ablate.py "$@"
   ;;
+gpu)
+  shift
+  python=.venv/bin/python
+  # A GPU machine may have PyTorch and no package index: what is there is used.
+  if python3 -c 'import torch, transformers, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=python3; else setup; fi
+  exec "$python" gpu.py "$@"
+  ;;
 "" | -*)
   # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
   python=python3
@@ -108,7 +116,7 @@ ablate)
   if [[ "${SLURM_NNODES:-1}" -gt 1 ]]; then
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     launch=(srun --kill-on-bad-exit=1 "${launch[@]}" --nnodes="$SLURM_NNODES" --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d
-      --rdzv_endpoint="$host:29500")
+      --rdzv_endpoint="$host:$((20000 + SLURM_JOB_ID % 20000))")  # two jobs on a node must not meet
   else
     launch+=(--standalone)
   fi
@@ -117,12 +125,18 @@ ablate)
   child=$!
   trap 'kill -TERM $child; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
   wait $child
-  data=$out/held_out.jsonl  # of a training file; else the dev split
-  [[ -f "$data" ]] || data=$("$python" -c 'import json, sys; c = json.load(open(sys.argv[1])); print(c["eval_data"] or c["data"])' "$out/config.json")
-  "$python" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out"
+  # What training has not seen: the named set's dev split, or the articles of a file that were held out.
+  data=$("$python" -c 'import json, sys
+c = json.load(open(sys.argv[1]))
+print(c["eval_data"] or (c["data"] if c["data"] in ("squad", "synthetic") else sys.argv[2]))' "$out/config.json" "$out/held_out.jsonl")
+  evaluate=("$python") shard=()
+  [[ " $* " == *" --shard "* ]] && evaluate=("${launch[@]}") && shard=(--shard)
+  "${evaluate[@]}" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out" "${shard[@]}" &
+  child=$!
+  wait $child
   ;;
 *)
-  echo "error: target '$1' is unknown; there are demo, test, ablate, and none for the GPU run (bash run_hpc.sh --help)" >&2
+  echo "error: target '$1' is unknown; there are demo, test, ablate, gpu, and none for the GPU run (bash run_hpc.sh --help)" >&2
   exit 2
   ;;
 esac

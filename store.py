@@ -102,8 +102,9 @@ def chunks(wire, text, count):
 
 def encode(wire, text, count):
     """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk."""
-    parts = []
-    for begin, source in chunks(wire, text, count):
+    from tqdm import tqdm
+    parts, read = [], list(chunks(wire, text, count))
+    for begin, source in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         part = wire.encode(source)
         parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
     return join(wire, parts)

@@ -33,7 +33,7 @@ from common import UserError, append_line, first_process, log, nearest, read_lin
 from data import Prompt, epoch_plan, group_by_context, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from model import LatentWire, WireConfig, budgets, check_config, option
-from rows import evaluate_row, kept_tokens, own_row, summary
+from rows import evaluate_row, kept_tokens, merge, own_row, summary
 from store import check_lm, load_trained, read_last_good, save_checkpoint
 
 try:
@@ -47,7 +47,8 @@ except ImportError:  # Windows: no locks, no peak memory
 class Config(WireConfig):
     # data
     data: str = option("squad", "squad, synthetic, or a .json, .json.gz or .jsonl file")
-    eval_data: str = option("", "the same for the dev slice (default: the dev split; of a file, its last articles)")
+    eval_data: str = option("", "the same for the dev slice (default: the last articles of --data; synthetic: passages "
+                                "of its own)")
     samples: int = option(20_000, "training questions")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
@@ -170,13 +171,15 @@ def hold_out(items, n):
 
 
 def load_items(config, prompt):
-    """(training items, dev items). The dev slice is fixed by the seed."""
+    """(training items, dev items). The dev slice is fixed by the seed. Of SQuAD it is articles of the training file:
+    eval.py answers the dev file."""
     eval_data = config.eval_data or config.data
     examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
-    if config.eval_data or config.data in ("squad", "synthetic"):
+    if config.eval_data or config.data == "synthetic":
         train = prompt.items(examples)
         few = config.eval_samples if eval_data == "synthetic" else None
-        dev = prompt.items(load_data(eval_data, "dev", few, config.seed))
+        # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
+        dev = prompt.items(load_data(eval_data, "dev", few, f"dev slice {config.seed}" if few else config.seed))
         dev = random.Random(config.seed).sample(dev, min(config.eval_samples, len(dev)))
     else:
         train, held, what = hold_out(prompt.items(examples), config.eval_samples)
@@ -208,7 +211,7 @@ def first_token_stats(logits, batch, tokenizer):
     n = len(logits)  # the questions' tokens, which come first in the batch
     first = batch.step[:n] == 0
     p, label = logits[first].float().softmax(-1), batch.label[:n][first]
-    top, winners = p.topk(5, dim=-1)
+    top, winners = p[:, :len(tokenizer)].topk(5, dim=-1)  # a vocabulary may be padded with ids that no text has
     share = top / top.sum(-1, keepdim=True)
     words = tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())
     return {
@@ -434,13 +437,14 @@ class Run:
             return False
 
 
-def micro_size(config, world):
-    """Questions a forward pass. Raises UserError where a batch does not split evenly."""
+def split_batch(config, world):
+    """(questions a step, questions a forward pass): a batch that does not split evenly is made smaller, and said so."""
     micro = min(config.micro_batch, max(1, config.batch // world))
-    if config.batch % micro or config.batch // micro % world:
-        raise UserError(f"--batch {config.batch} does not split into micro-batches of {micro} over {world} processes; "
-                        "change --batch or --micro_batch")
-    return micro
+    batch = max(1, config.batch // (micro * world)) * micro * world
+    if batch != config.batch:
+        log(f"notice: --batch {config.batch} does not split into micro-batches of {micro} over {world} process(es): "
+            f"taking {batch}")
+    return batch, micro
 
 
 def set_up(config, rank, world, device, dtype, why, stack):
@@ -449,7 +453,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
     found = last.exists() or last.with_name("last.old").exists()
     if found and not config.resume:
         raise UserError(f"--out {config.out} already holds a run; give --resume to go on with it, or another --out")
-    micro = micro_size(config, world)
+    config.batch, micro = split_batch(config, world)
     torch.manual_seed(config.seed)
 
     # model
@@ -478,6 +482,12 @@ def set_up(config, rank, world, device, dtype, why, stack):
         restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
         state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
         log(f"resuming {config.out} at step {state.step} of {len(plan)}")
+    if world > 1:
+        steps = [None] * world
+        dist.all_gather_object(steps, state.step)
+        if len(set(steps)) > 1:  # nodes without a shared disk
+            raise UserError(f"--out {config.out} is not the same for all processes, which stand at steps {steps}; put "
+                            "it on a disk that all nodes share, or copy ckpt/last to each")
     if rank == 0:
         begin_files(config, state.step)
 
@@ -613,20 +623,24 @@ class _Watch:
 
 
 def evaluate(run):
-    """Dev F1 of the wire's own row; keeps the best checkpoint. A sharded LM answers in all processes at once."""
-    if not run.master and not run.config.shard:
-        return
+    """Dev F1 of the wire's own row; keeps the best checkpoint. Each process answers a share of the questions, so that
+    none waits for another; those of a sharded LM, which work together, all answer all."""
     state, row = run.state, own_row(run.config)
+    shared = run.world > 1 and not run.config.shard and len(run.dev) >= run.world
+    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, None if run.config.shard else _Watch(run)
     run.wire.eval()
     try:
-        watch = None if run.config.shard else _Watch(run)
-        scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire, bar=watch))
+        results = [evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, dev, run.wire, bar=watch)]
     except Stopped:
-        return
+        results = [None]
     finally:
         run.wire.train()
-    if not run.master:
+    if shared:
+        mine, results = results[0], [None] * run.world
+        dist.all_gather_object(results, mine)
+    if None in results or not run.master:
         return
+    scores = summary(merge(results))
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
@@ -706,7 +720,9 @@ def finish(run, stopped):
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with "
                             "--resume")
     run.bar.close()
-    unseen = held if (held := out / "held_out.jsonl").exists() else run.config.eval_data or run.config.data
+    unseen = run.config.eval_data or run.config.data
+    if not run.config.eval_data and unseen not in ("squad", "synthetic"):  # these two have a split of their own
+        unseen = out / "held_out.jsonl"
     log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt "
         f"{out}/ckpt/best --data {unseen}")
     return 0

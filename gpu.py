@@ -1,0 +1,252 @@
+"""
+One GPU, ten minutes: what it is, whether the code is right on it, the recommended run, every row, and what that took.
+
+    bash run_hpc.sh gpu                                         # official SQuAD, downloaded once; writes runs/gpu
+    bash run_hpc.sh gpu --data TRAIN --eval_data DEV --lm LM --minutes 8
+    bash run_hpc.sh gpu --dry                                   # a few steps on synthetic passages, without a GPU too
+
+Parts, in order: facts, checks, train, eval, bench. A part that fails or runs out of time is noted in OUT/gpu.json with
+its reason, and the next one starts. train.py, eval.py and bench.py run as a user would run them, into OUT.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common import Parser, UserError, log, read_lines, run_main, write_atomic
+
+PARTS = ("facts", "checks", "train", "eval", "bench")
+SHARES = {"train": 0.5, "eval": 0.25, "bench": 0.15}  # of --minutes, at most
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # bf16 FLOP/s, dense, as sold
+LOGIT_BOUND = 0.25  # mean |difference| of log-probabilities that rounding to bf16 may make in a small LM
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
+    p.add_argument("--data", default="squad", help="squad (default), synthetic, or the training file")
+    p.add_argument("--eval_data", default="", help="what the rows answer (default: squad's dev split, or articles of a "
+                                                   "file that are held out)")
+    p.add_argument("--minutes", type=float, default=10.0, help="for all parts together (default 10)")
+    p.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default all)")
+    p.add_argument("--samples", type=int, default=500, help="questions that every row answers (default 500)")
+    p.add_argument("--micro_batch", type=int, default=0, help="of train (default: the largest that fits)")
+    p.add_argument("--dry", action="store_true", help="a few steps of everything")
+    p.add_argument("--out", default="runs/gpu", help="folder (default runs/gpu)")
+    p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
+    return p.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data import Prompt, group_by_context, load_data, synthetic
+from lm import embed, head, load_lm, pick_device
+from model import LatentWire, WireConfig
+
+RECIPE = ["--preset", "squad", "--samples", "20000", "--epochs", "20", "--batch", "256", "--lora_rank", "32",
+          "--lr", "1e-3", "--eval_every", "0", "--log_every", "5"]
+
+
+def call(script, *flags, timeout, world=0):
+    """Run a script to its end and return its stderr's last lines. Raises UserError with the last line of one that
+    fails or takes longer than timeout seconds. world: processes of torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world else []
+    here = str(Path(__file__).with_name(script))
+    process = subprocess.Popen([sys.executable, *launch, here, *map(str, flags)], stdout=sys.__stderr__,
+                               stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.communicate(timeout=max(1, timeout))[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # train.py saves
+        said = process.communicate()[1]
+        raise UserError(f"{script} was stopped after {timeout:.0f} s") from None
+    if process.returncode:
+        raise UserError((said.strip().splitlines() or [f"{script} ended with {process.returncode}"])[-1])
+    return said
+
+
+def of_run(args):
+    """Flags that every training gets."""
+    flags = ["--lm", args.lm, "--data", args.data, *(["--device", args.device] if args.device else [])]
+    return flags + (["--eval_data", args.eval_data] if args.eval_data and args.eval_data != args.data else [])
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts: each returns what goes into gpu.json
+
+def facts(args, left):
+    device, dtype, why = pick_device(args.device)
+    found = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), "why": why,
+             "nccl": torch.distributed.is_nccl_available(), "cpus": os.cpu_count()}
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        found |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "gb": round(total / 1e9, 1),
+                  "free_gb": round(free / 1e9, 1), "capability": torch.cuda.get_device_capability(),
+                  "attention": {"flash": torch.backends.cuda.flash_sdp_enabled(),
+                                "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+                                "efficient": torch.backends.cuda.mem_efficient_sdp_enabled()}}
+    return found
+
+
+class Reading:
+    """An LM and eight prompts; read() -> the log-probabilities (tokens, V) that it gives after each of their tokens."""
+
+    def __init__(self, name, dtype, device):
+        self.lm, tokenizer = load_lm(name, dtype, device)
+        prompt = Prompt(tokenizer)
+        texts = [prompt.text(item) for item in prompt.items(synthetic("dev", 8))]
+        self.rows = [torch.from_numpy(text)[None].long().to(self.lm.device) for text in texts]
+
+    def read(self):
+        states = [self.lm.model(inputs_embeds=embed(self.lm, row), use_cache=False).last_hidden_state[0]
+                  for row in self.rows]
+        return head(self.lm, torch.cat(states)).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def checks(args, left):
+    """bf16 against float32, flash against plain attention, and two trainings that must end alike."""
+    device = str(pick_device(args.device)[0])
+    exact, rounded = (Reading(args.lm, dtype, device) for dtype in (torch.float32, torch.bfloat16))
+    gap = lambda a, b: (a - b).abs().mean().item()
+    found, kernels = {"bound": LOGIT_BOUND, "bf16 - float32": gap(rounded.read(), exact.read())}, {}
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        try:
+            with sdpa_kernel(kernel):
+                kernels[kernel] = rounded.read()
+        except RuntimeError as error:
+            found[kernel.name] = str(error).splitlines()[0][:100]
+    for kernel, values in list(kernels.items())[1:]:
+        found[f"{kernel.name} - MATH"] = gap(values, kernels[SDPBackend.MATH])
+    wrong = [name for name, value in found.items() if " - " in name and not value < LOGIT_BOUND]
+    if wrong:
+        raise UserError(f"{wrong[0]} is {found[wrong[0]]:.3g}, more than {LOGIT_BOUND}")
+    return found | alike(args, left)
+
+
+def alike(args, left):
+    """The same eight steps: by themselves, as torchrun's only process, and killed after some and gone on with."""
+    out, ends = Path(args.out) / "checks", {}
+    for name in ("alone", "torchrun", "resumed"):
+        flags = ["--preset", "demo", "--lm", args.lm, "--samples", 80, "--batch", 10, "--epochs", 1, "--minutes", 0,
+                 "--eval_samples", 2, "--save_every", 1, "--log_every", 1, "--out", out / name]
+        flags += ["--device", args.device] if args.device else []
+        if name == "resumed":
+            here = str(Path(__file__).with_name("train.py"))
+            first = subprocess.Popen([sys.executable, here, *map(str, flags)], stderr=subprocess.DEVNULL)
+            logs = out / name / "logs" / "train_diagnostics.jsonl"
+            while first.poll() is None and len(read_lines(logs)) < 3:  # after some steps, however long they take
+                time.sleep(0.2)
+            first.kill()
+            first.wait()
+        call("train.py", *flags, "--resume", timeout=left(), world=1 if name == "torchrun" else 0)
+        last = read_lines(out / name / "logs" / "train_diagnostics.jsonl")[-1]
+        ends[name] = next(iter(last["models"].values()))["tf"]
+    return {"loss after 8 steps": ends, "torchrun - alone": abs(ends["torchrun"] - ends["alone"]),
+            "resumed - alone": abs(ends["resumed"] - ends["alone"])}
+
+
+def work(args):
+    """(the largest micro-batch that fits, FLOPs of its forward and backward pass a question): counted on the longest
+    paragraphs, for what fits there fits everywhere."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device, dtype, _ = pick_device(args.device)
+    lm, tokenizer = load_lm(args.lm, dtype, str(device), wired=True)
+    prompt = Prompt(tokenizer, "plain", 1024)
+    wire = LatentWire(lm, WireConfig(lm=args.lm, prompt="plain"), prompt).train()
+    items = prompt.items(load_data(args.data, "train", 200 if args.data == "synthetic" else None)[:5000])
+    groups = sorted((group[:5] for group in group_by_context(items)), key=lambda group: -len(items[group[0]].context))
+    size = args.micro_batch or (8 if args.dry or device.type == "cpu" else 256)
+    while True:
+        rows, count = [], 0
+        for group in groups:
+            if count < size:
+                rows.append([items[i] for i in group[:size - count]])
+                count += len(rows[-1])
+        try:
+            with FlopCounterMode(display=False) as counter, torch.autocast(device.type, dtype, device.type == "cuda"):
+                wire(wire.collate(rows, wire.stored).to(device), {"tf": 1.0, "first": 0.5})[0].backward()
+            return size, counter.get_total_flops() / count
+        except torch.OutOfMemoryError:
+            wire.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            if size == 1:
+                raise UserError("one question of the longest paragraph does not fit into this GPU's memory") from None
+            size //= 2
+
+
+def train(args, left):
+    micro, flops = work(args)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    minutes = min(left() / 60, args.minutes * SHARES["train"]) * 0.9  # the rest starts, evaluates and saves
+    few = ["--samples", 40, "--epochs", 1, "--batch", 8, "--eval_samples", 4, "--minutes", 0] if args.dry else [
+        "--minutes", f"{minutes:.2f}"]
+    call("train.py", *RECIPE, "--micro_batch", micro, *of_run(args), *few, "--resume", "--out", args.out,
+         timeout=left() if args.dry else 60 * minutes + 90)
+    records = read_lines(Path(args.out) / "logs" / "train_diagnostics.jsonl")
+    rates = sorted(record["samples_per_sec"] for record in records[len(records) // 4:]) or [float("nan")]
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((value for name, value in PEAKS.items() if name in card), None)
+    rate, last = rates[len(rates) // 2], records[-1] if records else {}
+    return {"micro_batch": micro, "questions": last.get("samples_seen"), "questions_per_sec": rate,
+            "gflop_a_question": flops / 1e9, "mfu": rate * flops / peak if peak else None,
+            "gpu_memory": last.get("gpu_memory", last.get("host_memory"))}
+
+
+def evaluate(args, left):
+    out = Path(args.out)
+    data = args.eval_data or (args.data if args.data in ("squad", "synthetic") else out / "held_out.jsonl")
+    call("eval.py", "--mode", "all", "--ckpt", out / "ckpt" / "best", "--data", data, "--samples",
+         6 if args.dry else args.samples, "--batch", 100, *(["--device", args.device] if args.device else []),
+         timeout=left())
+    return {"data": str(data)}
+
+
+def bench(args, left):
+    few = ["--lengths", "64", "--repeats", 1, "--batch", 5] if args.dry else []
+    call("bench.py", "train", "answer", "scale", "--lm", args.lm, "--out", args.out, *few,
+         *(["--device", args.device] if args.device else []), timeout=left())
+    return json.loads((Path(args.out) / "bench.json").read_text(encoding="utf-8"))
+
+
+def main(args):
+    began, wanted = time.monotonic(), args.parts.split(",")
+    for part in wanted:
+        if part not in PARTS:
+            raise UserError(f"--parts {part} is unknown; there are {', '.join(PARTS)}")
+    if args.dry and args.data == "squad":
+        args.data = "synthetic"
+    path, run = Path(args.out) / "gpu.json", {"eval": evaluate}
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in wanted:
+        started = time.monotonic()
+        end = began + 60 * args.minutes
+        if part in SHARES:
+            end = min(end, started + 60 * args.minutes * SHARES[part] + 60)
+        log(f"== {part} ({max(0, began + 60 * args.minutes - started):.0f} s left)")
+        try:
+            if started > began + 60 * args.minutes:
+                raise UserError(f"no time left of --minutes {args.minutes:g}")
+            result = {"ok": True, **(run.get(part) or globals()[part])(args, lambda: end - time.monotonic())}
+        except (UserError, RuntimeError) as error:
+            result = {"ok": False, "why": str(error).splitlines()[0]}
+            log(f"{part} failed: {result['why']}")
+        found[part] = result | {"seconds": round(time.monotonic() - started, 1)}
+        write_atomic(path, json.dumps(found, indent=2, default=str) + "\n")
+    for part in wanted:
+        state = "done" if found[part]["ok"] else f"FAILED: {found[part]['why']}"
+        print(f"{part:<8}{found[part]['seconds']:>8.1f} s  {state}")
+    print(f"written: {path}")
+    return 0 if all(found[part]["ok"] for part in wanted) else 1
+
+
+if __name__ == "__main__":
+    run_main(lambda: main(arguments))
