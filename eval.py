@@ -225,8 +225,7 @@ def choose_rows(mode, config):
     own = rows_of(config) if config else [name for name, row in ROWS.items() if not row.trained]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
-            why = f"--wire {config.wire} has none" if config else ("there is no --ckpt; `--mode latent` by name is an "
-                                                                   "untrained wire's")
+            why = f"--wire {config.wire} has none" if config else "no --ckpt (latent by name: of an untrained wire)"
             log(f"notice: {', '.join(missing)} are left out: {why}")
         return own
     rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))

@@ -330,11 +330,14 @@ class LatentWire(nn.Module):
 
     def choose(self, latents, asks, M=None):
         """Of Latents the M (default: what the wire was trained for) that each head needs most while the LM reads asks
-        (B, S), token ids with PAD right: the late choice of scope asked."""
+        (B, S), token ids with PAD right: the late choice of scope asked. A latent is as needed as the most needed one
+        up to 8 places beside it (as in SnapKV, arXiv 2404.14469): a question looks at where an answer begins."""
         H, held = len(self.layout.before), latents.held
         M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
         found = importance(self.lm, embed(self.lm, asks), asks != PAD, latents)
-        stays = [best(score[..., :held.shape[1]], held, H, M) for score in found]
+        found = [score[..., :held.shape[1]].masked_fill(torch.arange(held.shape[1], device=held.device) < H, 0)
+                 for score in found]
+        stays = [best(F.max_pool1d(score, 17, 1, 8), held, H, M) for score in found]
         N = int(stays[0][:, 0].sum(1).max())
         return latents.chosen([ascending(stay)[..., :N] for stay in stays])
 
