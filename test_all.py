@@ -416,7 +416,7 @@ def test_what_is_generated_is_what_was_trained(family, M, ratio):
     said = [replace(item, answer=np.array([*ids, 2])) for item, ids in zip(items, answer(items)["ids"])]
     batch = wire.collate([said[:2], said[2:3], said[3:]], lambda T: wire.stored(T, M, ratio), M)
     logits, inner, scores = wire.logits(batch, wire.latents(batch)), batch.label != 2, answer(said)
-    assert (logits.argmax(-1) == batch.label)[inner].all() and inner.sum() >= 12 and scores["first_token_top1"] == 1
+    assert (logits.argmax(-1) == batch.label)[inner].all() and inner.sum() >= 8 and scores["first_token_top1"] == 1
     assert scores["nll_token"] == pytest.approx(F.cross_entropy(logits[inner], batch.label[inner]).item(), abs=1e-5)
 
 
