@@ -76,7 +76,7 @@ What is there now:
   $out/ckpt/best                the trained wire (the language model itself is not in it)
 Next:
   .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt --question "..."            # your text, your question
-  .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt --question "..." --inspect  # where each latent looks
+  .venv/bin/python ask.py --ckpt $out/ckpt/best --context FILE.txt --question "..." --inspect  # what is kept, and looked at
   .venv/bin/python train.py --preset squad     # real SQuAD, an hour; --data FILE for a local copy
 END
   ;;
