@@ -74,14 +74,24 @@ BATCH = 25  # questions at once
 # ------------------------------------------------------------------------------------------------
 # Answers
 
+def asked(wire, latents, items):
+    """What the reader reads of items and their Latents, a row of token ids each: behind the cache of a kv wire, or with
+    an embeds wire's vectors in it."""
+    rows = [wire.layout.after(item) for item in items]
+    if latents.keys is not None:
+        return rows
+    front = np.concatenate([wire.layout.before, np.full(latents.prefix.shape[1], LATENT)])
+    return [np.concatenate([front, row]) for row in rows]
+
+
 def answer(wire, latents, items, max_new_tokens, said=None):
     """What the reader makes of Latents (B rows) or, of one item, of token ids in their place, and the items' questions:
     a Generated. said: token ids of each answer whose logits are wanted."""
-    before, rows, given = wire.layout.before, [wire.layout.after(item) for item in items], latents
     if isinstance(latents, np.ndarray):
-        rows, given = [np.concatenate([before, latents, row]) for row in rows], None
-    elif latents.keys is None:
-        rows = [np.concatenate([before, np.full(latents.prefix.shape[1], LATENT), row]) for row in rows]
+        rows = [np.concatenate([wire.layout.before, latents, wire.layout.after(item)]) for item in items]
+        given = None
+    else:
+        rows, given = asked(wire, latents, items), latents
     with use_lora(wire.lm, "reader"):
         return generate(wire.lm, wire.prompt.tokenizer, rows, given, max_new_tokens, golds=said)
 
@@ -89,10 +99,7 @@ def answer(wire, latents, items, max_new_tokens, said=None):
 def needs(wire, latents, items):
     """How much each answer's first token needs each of the Latents: (B, heads, M) a layer."""
     H, N, lm = len(wire.layout.before), latents.held.shape[1], wire.lm
-    rows, cached = [wire.layout.after(item) for item in items], latents
-    if latents.keys is None:
-        rows, cached = [np.concatenate([wire.layout.before, np.full(N - H, LATENT), row]) for row in rows], None
-    ids = pad(rows, PAD).to(lm.device)
+    ids, cached = pad(asked(wire, latents, items), PAD).to(lm.device), latents if latents.keys is not None else None
     real = ids != PAD
     asking = torch.arange(ids.shape[1], device=lm.device) == real.sum(1, keepdim=True) - 1
     embeds = embed(lm, ids, latents.prefix)
