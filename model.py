@@ -329,15 +329,18 @@ class LatentWire(nn.Module):
         return [best(score[..., :real.shape[1]], real, H, source.share) for score in found]
 
     def choose(self, latents, asks, M=None):
-        """Of Latents the M (default: what the wire was trained for) that each head needs most while the LM reads asks
-        (B, S), token ids with PAD right: the late choice of scope asked. A latent is as needed as the most needed one
-        up to 8 places beside it (as in SnapKV, arXiv 2404.14469): a question looks at where an answer begins."""
-        H, held = len(self.layout.before), latents.held
+        """Of Latents the M (default: what the wire was trained for) that each layer needs most where the reader, having
+        read asks (B, S), token ids with PAD right, is about to answer: the late choice of scope asked. As in SnapKV
+        (arXiv 2404.14469) the end of the prompt is what looks, and a latent is as needed as the most needed one up to 8
+        places beside it: an answer is found where it begins. The heads of a layer, each as loud as the others, agree."""
+        H, held, real = len(self.layout.before), latents.held, asks != PAD
         M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
-        found = importance(self.lm, embed(self.lm, asks), asks != PAD, latents)
-        found = [score[..., :held.shape[1]].masked_fill(torch.arange(held.shape[1], device=held.device) < H, 0)
-                 for score in found]
-        stays = [best(F.max_pool1d(score, 17, 1, 8), held, H, M) for score in found]
+        asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
+        stays = []
+        for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
+            score = score[..., :held.shape[1]].masked_fill(torch.arange(held.shape[1], device=held.device) < H, 0)
+            score = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
+            stays.append(best(F.max_pool1d(score, 17, 1, 8), held, H, M).expand(-1, latents.keys[0].shape[1], -1))
         N = int(stays[0][:, 0].sum(1).max())
         return latents.chosen([ascending(stay)[..., :N] for stay in stays])
 
