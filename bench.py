@@ -8,6 +8,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
 
     train    questions a second and peak memory of a training step, for each wire and without each saving
     answer   time to the first answer and for each next question: text against latents
+    profile  where a training step's time goes: by phase, and by operator
     scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
 
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from common import Parser, UserError, log, run_main, write_atomic
 
-PARTS = ("train", "answer", "scale", "documents")
+PARTS = ("train", "profile", "answer", "scale", "documents")
 
 
 def parse_args(argv=None):
@@ -46,6 +47,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ask import replies
 from data import Example, Prompt, group_by_context, load_data
@@ -122,18 +124,27 @@ def step_of(wire, rows):
         kept = None
         if wire.config.wire == "tokens":
             kept = kept_tokens(wire.config.keep, wire.lm, wire.prompt, [row[0] for row in rows], [32] * len(rows))
-        batch = wire.collate(rows, wire.stored, None, kept).to(wire.rarity.device)
-        wire(batch, WEIGHTS)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with record_function("collate"):
+            batch = wire.collate(rows, wire.stored, None, kept).to(wire.rarity.device)
+        loss = wire(batch, WEIGHTS)[0]
+        with record_function("backward"):
+            loss.backward()
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return run
+
+
+def questions_of(args, items):
+    """Rows of five questions on a paragraph each, --batch questions in all."""
+    groups = [group[:5] for group in group_by_context(items) if len(group) >= 5]
+    return [[items[i] for i in group] for group in random.Random(0).sample(groups, max(1, args.batch // 5))]
 
 
 def bench_train(args):
     """Each wire on the same questions, and kv without each saving."""
     wire, items = setup(args)
-    groups = [group[:5] for group in group_by_context(items) if len(group) >= 5]
-    rows = [[items[i] for i in group] for group in random.Random(0).sample(groups, max(1, args.batch // 5))]
+    rows = questions_of(args, items)
     alone = [[item] for row in rows for item in row]
     saving = setup(args)[0]
     checkpoint_layers(saving.lm)
@@ -148,6 +159,33 @@ def bench_train(args):
           [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name,
            taken in times.items()])
     return {"questions": n, "seconds": times, "peak_bytes": peaks}
+
+
+def bench_profile(args):
+    """A training step of the kv wire under torch.profiler; a phase counts without those inside it."""
+    wire, items = setup(args)
+    phases = {"encode": "first reading, forward", "keeps": "second reading and choice", "logits": "reader, forward"}
+    for name in phases:
+        setattr(wire, name, record_function(name)(getattr(wire, name)))
+    run = step_of(wire, questions_of(args, items))
+    run()  # a warm-up
+    on_gpu = wire.rarity.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
+        whole = seconds(lambda: [run() for _ in range(args.repeats)]) / args.repeats
+    found = profiled.key_averages()
+    took = {event.key: event.cpu_time_total / 1e6 / args.repeats for event in found}
+    took["encode"] -= took["keeps"]
+    by_phase = {text: took[name] for name, text in (phases | {
+        "backward": "backward", "optimizer": "optimizer", "collate": "collate"}).items()}
+    by_phase["loss and the rest"] = whole - sum(by_phase.values())
+    own = lambda event: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    operators = {event.key: own(event) / 1e6 / args.repeats
+                 for event in sorted(found, key=own, reverse=True) if "::" in event.key}
+    operators = dict(list(operators.items())[:10])
+    for what, times in (("phase", by_phase), ("operator, its own time", operators)):
+        table([what, "ms a step", "share"], [[name, f"{1e3 * time:.0f}", f"{time / whole:.0%}"]
+                                             for name, time in times.items()])
+    return {"step": whole, "phases": by_phase, "operators": operators}
 
 
 def long_text(items, length):

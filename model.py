@@ -332,7 +332,7 @@ class LatentWire(nn.Module):
         """Of Latents the M (default: what the wire was trained for) that each layer needs most where the reader, having
         read asks (B, S), token ids with PAD right, is about to answer: the late choice of scope asked. As in SnapKV
         (arXiv 2404.14469) the end of the prompt is what looks, and a latent is as needed as the most needed one up to 8
-        places beside it: an answer is found where it begins. The heads of a layer, each as loud as the others, agree."""
+        places beside it: an answer is found where it begins. The heads of a layer agree, each as loud as the others."""
         H, held, real = len(self.layout.before), latents.held, asks != PAD
         M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))

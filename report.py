@@ -28,6 +28,7 @@ def parse_args(argv=None):
     p.add_argument("runs", nargs="+", help="folder of a run, e.g. runs/demo; several are compared")
     p.add_argument("--preserve", metavar="FOLDER", help="keep a copy as FOLDER/DATE_name, listed in FOLDER/README.md")
     p.add_argument("--name", help="of the preserved copy (default: the run's)")
+    p.add_argument("--scores", action="store_true", help="preserve no checkpoint, only what was measured")
     return p.parse_args(argv)
 
 
@@ -38,7 +39,7 @@ from rows import ROWS, exact_match, own_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = ("tf", "first", "kce", "kd", "more", "find", "entropy")  # find: of older runs
-KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy
+KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers with their prompts; checkpoint
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,15 +223,15 @@ def markdown(run, level=1):
 # ------------------------------------------------------------------------------------------------
 # A copy to keep
 
-def preserve(run, folder, name):
-    """Copy the run's small files and its best checkpoint to folder/DATE_name: what a fresh clone needs to evaluate it
-    again, without paths of this machine. Returns the new folder. Raises UserError where the evaluation is not of that
-    checkpoint, or where it is too large."""
+def preserve(run, folder, name, scores=False):
+    """Copy the run's small files and, but for `scores`, its best checkpoint to folder/DATE_name: what a fresh clone
+    needs to evaluate it again, without paths of this machine. Returns the new folder. Raises UserError where the
+    evaluation is not of that checkpoint, or where it is too large."""
     best = run.folder / "ckpt" / "best"
     manifest = read_json(best / "manifest.json")
     if not manifest or run.metrics.get("ckpt_sha256") != manifest["model.safetensors"]:
         raise UserError(f"{run.folder}/eval is not of {best}; run python eval.py --mode all --ckpt {best} --data ...")
-    if (size := (best / "model.safetensors").stat().st_size) > KEEP_BYTES:
+    if (size := (best / "model.safetensors").stat().st_size) > KEEP_BYTES and not scores:
         raise UserError(f"{best} is {size / 2**20:.0f} MB, too large to keep in a repository (at most "
                         f"{KEEP_BYTES >> 20} MB); train with a lower --encoder_rank or --lora_rank")
     kept = Path(folder) / f"{datetime.now(timezone.utc):%Y-%m-%d}_{name}"
@@ -238,15 +239,18 @@ def preserve(run, folder, name):
         raise UserError(f"{kept} is there already; give another --name or remove it")
     part = kept.with_name(kept.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(best, part / "ckpt")
-    logs, scores = (run.folder / "logs").glob("*"), (run.folder / "eval").glob("metrics*")
-    for source in [run.folder / "config.json", *logs, *scores]:
+    logs, measured = (run.folder / "logs").glob("*"), (run.folder / "eval").glob("metrics*")
+    for source in [run.folder / "config.json", *logs, *measured]:
         write_atomic(part / source.relative_to(run.folder), without_paths(source.read_text(encoding="utf-8")))
-    about = without_paths((best / "config.json").read_text(encoding="utf-8"))  # names the LM's folder
-    write_atomic(part / "ckpt" / "config.json", about)
-    manifest["config.json"] = hashlib.sha256(about.encode()).hexdigest()
-    write_atomic(part / "ckpt" / "manifest.json", json.dumps(manifest, indent=2))
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in run.predictions[:KEEP_PREDICTIONS]]
+    if not scores:
+        shutil.copytree(best, part / "ckpt")
+        about = without_paths((best / "config.json").read_text(encoding="utf-8"))  # names the LM's folder
+        write_atomic(part / "ckpt" / "config.json", about)
+        manifest["config.json"] = hashlib.sha256(about.encode()).hexdigest()
+        write_atomic(part / "ckpt" / "manifest.json", json.dumps(manifest, indent=2))
+    for record in run.predictions[KEEP_PREDICTIONS:]:
+        del record["prompt"]  # most of its bytes
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in run.predictions]
     write_atomic(part / "eval" / "predictions.jsonl", "".join(lines))
     part.rename(kept)
     return kept
@@ -271,6 +275,22 @@ are from SQuAD v1.1 (Rajpurkar et al., 2016, arXiv 1606.05250), CC BY-SA 4.0.
 # ------------------------------------------------------------------------------------------------
 # The page
 
+def reading(run):
+    """[(label, tokens that the LM reads, F1 in percent, 95% intervals)]: the wire's rows as one curve, others alone."""
+    found = {}
+    for row, (s, _) in sorted(run.rows.items(), key=lambda pair: pair[1][0].get("tokens_read", 0)):
+        if "tokens_read" in s and "f1_ci95" in s and not row.partition("@")[2].isalpha():
+            found.setdefault(row.partition("@")[0], []).append((s["tokens_read"], s))
+    return [(row, [x for x, _ in points], [100 * s["f1"] for _, s in points], gaps(s for _, s in points))
+            for row, points in found.items()]
+
+
+def gaps(scores):
+    """How far the 95% intervals reach below and above F1, in points: [[...], [...]]."""
+    both = [(100 * (s["f1"] - s["f1_ci95"][0]), 100 * (s["f1_ci95"][1] - s["f1"])) for s in scores]
+    return [list(side) for side in zip(*both)]
+
+
 def figures(runs):
     """Curves as SVG, of one run or of several on the same axes; none without matplotlib."""
     try:
@@ -281,24 +301,28 @@ def figures(runs):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
+    name = lambda run, what: f"{run.name} {what}" if len(runs) > 1 else what
+    seen = lambda records: [record.get("samples_seen", record["global_step"]) for record in records]
     charts, found = [], []
+    if len(runs) == 1:
+        charts = [("F1 against what the LM reads, 95% interval", "tokens, latents", "percent", reading(runs[0]))]
     for title, unit, keys in (("Loss parts", "nats", (*LOSSES[:-1], "entropy_loss")),
                               ("First-token accuracy", "share", ("first_acc", "first_acc_top5"))):
-        parts = [(run, key, [record["model"].get(key) for record in run.steps]) for run in runs for key in keys]
-        charts.append((title, unit, [(run, key, run.steps, y, None) for run, key, y in parts if any(y)]))
-    gaps = lambda scores: zip(*((100 * (s["f1"] - s["f1_ci95"][0]), 100 * (s["f1_ci95"][1] - s["f1"])) for s in scores))
-    dev = [(run, run.own, run.dev, [100 * s["f1"] for s in run.dev], [*gaps(run.dev)]) for run in runs if run.dev]
-    for title, unit, series in [*charts, ("F1 on the dev slice, 95% interval", "percent", dev)]:
+        parts = [(name(run, key), seen(run.steps), [record["model"].get(key) for record in run.steps], None)
+                 for run in runs for key in keys]
+        charts.append((title, "questions seen", unit, [part for part in parts if any(part[2])]))
+    dev = [(name(run, run.own), seen(run.dev), [100 * s["f1"] for s in run.dev], gaps(run.dev))
+           for run in runs if run.dev]
+    charts.append(("F1 on the dev slice, 95% interval", "questions seen", "percent", dev))
+    for title, below, unit, series in charts:
         fig, ax = plt.subplots(figsize=(6.4, 3.6))
-        for run, what, records, y, errors in series:
-            seen = [record.get("samples_seen", record["global_step"]) for record in records]
-            ax.errorbar(seen, y, errors, label=f"{run.name} {what}" if len(runs) > 1 else what, capsize=3,
-                        marker="o" if len(seen) < 15 else None, markersize=4)
+        for label, x, y, errors in series:
+            ax.errorbar(x, y, errors, label=label, capsize=3, marker="o" if len(x) < 15 else None, markersize=4)
         if series:
-            ax.set(title=title, xlabel="questions seen", ylabel=unit)
+            ax.set(title=title, xlabel=below, ylabel=unit)
             ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
             fig.savefig(out := io.StringIO(), format="svg", metadata={"Date": None}, bbox_inches="tight")
-            found.append(out.getvalue()[out.getvalue().index("<svg"):])
+            found.append(f"<svg role='img' aria-label='{title}'" + out.getvalue().partition("<svg")[2])
         plt.close(fig)
     return found
 
@@ -307,8 +331,9 @@ STYLE = """
 :root { color-scheme: light dark; } body { font: 16px/1.5 system-ui; max-width: 1080px; margin: 0 auto; padding: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #8886; vertical-align: top; }
-figure { display: inline-block; margin: 1rem 1rem 0 0; background: #fff; max-width: 100%; }
+figure { display: inline-block; margin: 1rem 1rem 0 0; background: #fff; width: min(100%, 32rem); }
 svg { max-width: 100%; height: auto; } summary { cursor: pointer; padding: .4rem 0; }
+.head { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .head b { display: block; font-size: 2rem; }
 .right b { color: light-dark(#17774a, #5cc690); } .wrong b { color: light-dark(#a8322a, #f08d84); }
 """
 
@@ -345,17 +370,56 @@ def prediction(run, record):
             f"{html_table(['row', 'answer', ''], answers)}</details>")
 
 
+def headline(run):
+    """[(figure, what it says)]: how good, how small, how fast the row is that the wire is trained for."""
+    if run.own not in run.rows:
+        return []
+    m, (s, _) = run.metrics, run.rows[run.own]
+    found = [(percent(s["f1"]), f"F1 of {m['samples']} answers" + (
+        f", {100 * s['f1_ci95'][0]:.1f} to {100 * s['f1_ci95'][1]:.1f}" if "f1_ci95" in s else ""))]
+    whole = run.rows.get("text_lora" if run.own != "text_lora" else "text") or run.rows.get("text")
+    if whole and whole[0]["f1"]:
+        found.append((f"{s['f1'] / whole[0]['f1']:.0%}", f"of the whole text's {percent(whole[0]['f1'])}"))
+    if run.own == "latent":
+        found.append((f"{m['compression'][run.lm]:.1f}x", f"smaller: {m['latent_len']} latents for a text"))
+    if whole and "prefill_sec_per_sample" in s and whole[0].get("prefill_sec_per_sample"):
+        faster = whole[0]["prefill_sec_per_sample"] / s["prefill_sec_per_sample"]
+        found.append((f"{faster:.1f}x", "as fast to the first token as the text, latents at hand"))
+    return found
+
+
+def ten_answers(run):
+    """(head, rows): of ten questions the answers of the text, the best rival and the wire, right ones ticked."""
+    known = [row for row in run.rows if run.predictions and row in run.predictions[0]]
+    texts = [row for row in ("text_lora", "anchor", "text") if row in known][:1]
+    rivals = sorted((row for row in known if ROWS[row.partition("@")[0]].keep), key=lambda row: -run.rows[row][0]["f1"])
+    shown = list(dict.fromkeys([*texts, *rivals[:1], *[row for row in [run.own] if row in known]]))
+    question = lambda record: record["prompt"].rpartition("\nQuestion: ")[2].partition("\n")[0]
+    tick = lambda record, row: "\u2713 " if exact_match(record[row], record["golds"]) else "\u2717 "
+    return ["question", "gold", *shown], [
+        [question(record), record["golds"][0], *(tick(record, row) + record[row] for row in shown)]
+        for record in [record for record in run.predictions if "prompt" in record][:10]]
+
+
 def page(runs):
     """The runs as one self-contained HTML page."""
     run, title = runs[0], html.escape(" and ".join(run.name for run in runs))
-    body = [f"<h1>{title}</h1>", html_table(*(score_table(run) if len(runs) == 1 else comparison(runs)))]
-    body += [f"<figure>{chart}</figure>" for chart in figures(runs)]
-    if len(runs) == 1:
+    body, curves = [f"<h1>{title}</h1>"], [f"<figure>{chart}</figure>" for chart in figures(runs)]
+    if len(runs) > 1:
+        body += [html_table(*comparison(runs)), *curves]
+    else:
+        big = "".join(f"<p><b>{figure}</b> {html.escape(text)}</p>" for figure, text in headline(run))
+        body += [f"<div class=head>{big}</div>", *curves[:2]]
+        if run.rows:
+            body += ["<h2>Ten questions</h2>", html_table(*ten_answers(run))]
+        body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
         body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
-        body += ["<h2>Predictions</h2>", FILTER, *(prediction(run, record) for record in run.predictions if run.rows)]
+        whole = [record for record in run.predictions if run.rows and "prompt" in record]  # a kept copy has fewer
+        body += ["<h2>Predictions</h2>", FILTER, *(prediction(run, record) for record in whole)]
         body += ["<h2>Configuration</h2>", html_table(["flag", "value"], list(run.config.items()))]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<link rel=icon href='data:,'><title>{title}</title><style>{STYLE}</style>{''.join(body)}</html>\n")
+            f"<link rel=icon href='data:,'><title>{title}</title><style>{STYLE}</style><main>{''.join(body)}</main>"
+            "</html>\n")
 
 
 def main(args):
@@ -367,7 +431,7 @@ def main(args):
         print("\n".join(markdown_table(*comparison(runs))))
         written = {run.folder / "comparison.html": page(runs)}
     elif args.preserve:
-        kept = preserve(run, args.preserve, args.name or run.name)
+        kept = preserve(run, args.preserve, args.name or run.name, args.scores)
         written = {kept / "README.md": markdown(Run(kept)), kept.parent / "README.md": index(kept.parent)}
     else:
         written = {run.folder / "README.md": markdown(run), run.folder / "report.html": page(runs)}

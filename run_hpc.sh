@@ -9,13 +9,14 @@
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
 #
-# One script, five ways to run it:
+# One script, six ways to run it:
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row, asks the wire. About 15 minutes the first time; interrupted, it goes on where it was.
 #   bash run_hpc.sh test     installs into .venv and runs every test, about 12 minutes on 2 cores.
 #   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
 #                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,embeds
+#   bash run_hpc.sh results  writes the tables of README.md and RESULTS.md from the runs in preserved_data.
 #   bash run_hpc.sh gpu      one GPU, ten minutes: checks it, trains and evaluates the recommended run, measures. --dry without.
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
 #                            row. `sbatch --nodes=4 run_hpc.sh` takes four. Without SLURM: bash run_hpc.sh.
@@ -85,6 +86,11 @@ ablate)
   setup
   exec .venv/bin/python ablate.py "$@"
   ;;
+results)
+  shift
+  setup
+  exec .venv/bin/python results.py "$@"
+  ;;
 gpu)
   shift
   python=.venv/bin/python
@@ -136,7 +142,7 @@ print(c["eval_data"] or (c["data"] if c["data"] in ("squad", "synthetic") else s
   wait $child
   ;;
 *)
-  echo "error: target '$1' is unknown; there are demo, test, ablate, gpu, and none for the GPU run (bash run_hpc.sh --help)" >&2
+  echo "error: target '$1' is unknown; there are demo, test, ablate, results, gpu, and none for the GPU run (bash run_hpc.sh --help)" >&2
   exit 2
   ;;
 esac

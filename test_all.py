@@ -7,6 +7,7 @@ import copy
 import functools
 import gzip
 import hashlib
+import html
 import http.server
 import importlib.util
 import itertools
@@ -46,6 +47,7 @@ import eval as evaluation
 import gpu
 import lm as lm_module
 import report
+import results
 import rows
 import store
 import train
@@ -1497,7 +1499,7 @@ def test_run_hpc_calls_what_there_is(hpc, tmp_path):
         "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
         "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
     assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
-    assert "error: target 'x' is unknown; there are demo, test, ablate, gpu" in hpc("x", code=2)[0]
+    assert "error: target 'x' is unknown; there are demo, test, ablate, results, gpu" in hpc("x", code=2)[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc shows who listens: run on Linux")
@@ -1916,6 +1918,41 @@ def test_the_page_has_every_row(tmp_path):
     assert page.count("<details class=right>") == page.count("<details class=wrong>") == 1 and "src=" not in page
 
 
+def test_the_page_begins_with_how_good_how_small_and_how_fast(tmp_path):
+    folder = fake_run(tmp_path / "r", {"text_lora": 0.8, "truncated_lora": 0.3, "matched_lora": 0.4, "latent": 0.6})
+    metrics = read_json(folder / "eval/metrics.json")
+    metrics["text_lora"]["x"]["prefill_sec_per_sample"], metrics["latent"]["x"]["prefill_sec_per_sample"] = 0.9, 0.3
+    write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
+    made = report.Run(folder)
+    assert [figure for figure, _ in report.headline(made)] == ["60.0%", "75%", "8.0x", "3.0x"]
+    head, (first, second) = report.ten_answers(made)
+    assert head == ["question", "gold", "text_lora", "matched_lora", "latent"]
+    assert first == ["q?", "x y", *["\u2713 x y"] * 3] and second[2:] == ["\u2717 <b>z"] * 3
+    assert report.reading(made)[0][:3] == ("text_lora", [33], [80.0])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no browser here: install chromium")
+def test_the_page_works_in_a_browser(tmp_path):
+    """At a phone's width nothing but tables scrolls sideways; the filter takes keys; no request leaves the page."""
+    page = report.page([report.Run(fake_run(tmp_path / "r", {"text": 0.8, "latent": 0.6}))])
+    frame = f"""<iframe srcdoc="{html.escape(page)}" width=390 height=800></iframe><script>
+    addEventListener('load', () => {{
+      const inner = frames[0], d = inner.document, word = d.getElementById('word');
+      word.value = '<B>Z'; word.dispatchEvent(new inner.Event('input'));
+      const shown = d.getElementById('count').textContent, tab = d.querySelector('summary').tabIndex;
+      const requests = inner.performance.getEntriesByType('resource').length;
+      document.body.dataset.said = [inner.innerWidth, d.documentElement.scrollWidth, shown, tab, requests].join('|');
+    }})</script>"""
+    (tmp_path / "page.html").write_text(frame, encoding="utf-8")
+    done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+                           f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=300)
+    width, scrolls, shown, tab, requests = re.search('data-said="([^"]*)"', done.stdout)[1].split("|")
+    assert int(scrolls) <= int(width) == 390 and (shown, tab, requests) == ("1 of 2", "0", "0")
+
+
 def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
     ours = fake_run(tmp_path / "ours", {"latent": 0.5, "text_lora": 0.7})
     rival = fake_run(tmp_path / "rival", {"truncated_lora": 0.4, "text_lora": 0.75})
@@ -1945,6 +1982,17 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     run("eval.py", "--mode", "latent", "--ckpt", copy / "ckpt", *some, "--out", tmp_path / "again")
     assert report.Run(tmp_path / "again").rows["latent"][0]["f1"] == metrics["latent"]["tiny"]["f1"]
     assert "already" in run("report.py", out, "--preserve", kept, "--name", "tiny", code=2).stderr
+    run("report.py", out, "--preserve", kept, "--name", "scores", "--scores")
+    alone = copy.with_name(copy.name.replace("tiny", "scores"))
+    assert not (alone / "ckpt").exists() and f"## Experiment: {alone.name}" in (kept / "README.md").read_text()
+    monkeypatch.setattr(results, "RUNS", kept)
+    lines = results.block("runs", [f"latent@{copy.name}", f"latent_shuffled@{alone.name}"]).split("\n")
+    assert "| tiny | latent | 137 | 12 |" in lines[-2].replace(copy.name, "tiny") and "| +0.0 [0.0, 0.0] |" in lines[-1]
+    again = vars(parse_config(lines[1].split()[2:])) | {"lm": str(tiny)}
+    differs = {key for key, value in read_json(out / "config.json").items() if again[key] != value}
+    assert differs <= {"resume", "out", "device"}
+    with pytest.raises(UserError, match="has no row text_lora; it has text, latent"):
+        results.block("table", [f"text_lora@{copy.name}"])
     about = copy / "ckpt/config.json"
     about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
     assert f"git checkout {READS_OLDER[FORMAT - 1]}" in report.index(kept)  # which reads that checkpoint
@@ -1963,6 +2011,21 @@ def test_report_reads_older_runs(folder, figures):
         pytest.skip(f"{folder} is not there")
     page = report.markdown(report.Run(HERE / folder))
     assert [figure for figure in figures if figure not in page] == []
+
+
+def test_paired_differences_are_of_the_same_questions():
+    answered = lambda row, answers: SimpleNamespace(predictions=[
+        {"id": key, "golds": ["yes"], row: answer} for key, answer in answers.items()])
+    a, b = answered("latent", dict(p="yes", q="no", r="yes", s="no")), answered("text", dict(q="no", p="no", r="yes"))
+    low, high = interval([100, 0, 0])
+    assert results.paired(a, "latent", b, "text") == f"+33.3 [{low:.1f}, {high:.1f}]"
+    assert results.paired(a, "latent", a, "latent") == "-" == results.paired(a, "latent", answered("text", {}), "text")
+
+
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_tables_say_what_the_runs_measured(name):
+    text = (HERE / name).read_text(encoding="utf-8")
+    assert results.renewed(text) == text, f"{name} is stale: bash run_hpc.sh results"
 
 
 def test_every_cell_of_the_ablation_is_another_recipe():
@@ -2018,6 +2081,8 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys):
     assert all(0 < seconds < math.inf for seconds in train_["seconds"].values())
     assert answer["128"]["cache_mb"]["text"] > 3 * answer["128"]["cache_mb"]["latents"] > 0
     assert all(math.isfinite(power) for rule in scale.values() for power in rule["exponents"].values())
+    spent = found["profile"]["result"]
+    assert all(0 < time < spent["step"] for time in [*spent["phases"].values(), *spent["operators"].values()])
     several = found["documents"]["result"]
     assert several["1"]["named"] == 1 and all(0 <= several[count]["f1"] <= 1 for count in "124")
     assert "text/next" in capsys.readouterr().out
