@@ -45,8 +45,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-from report import Run, markdown_table, percent, read_json
-from rows import f1_score, interval, own_row
+from report import Run, markdown_table, paired, percent, read_json
+from rows import own_row
 
 
 def trained(folder):
@@ -101,14 +101,11 @@ def call(*command):
 def table(folders):
     """Markdown table of the cells that are finished; folders: {(cell, whether for the base's time): folder}."""
     found, lines = {key: Run(folder) for key, folder in folders.items()}, []
-    f1 = lambda run, row: [f1_score(record[row], record["golds"]) for record in run.predictions]
     for key, run in found.items():
         (name, timed), (seen, minutes, rows) = key, trained(run.folder)
         for row in rows:
-            s, gap, base = run.rows[row][0], "-", found.get(("base", False), run)
-            if run is not base:
-                gain = [100 * (mine - its) for mine, its in zip(f1(run, row), f1(base, "latent"))]
-                gap = "{:+.1f} [{:.1f}, {:.1f}]".format(sum(gain) / len(gain), *interval(gain))
+            s, base = run.rows[row][0], found.get(("base", False), run)
+            gap = "-" if run is base else paired(run, row, base, "latent")
             lines.append([name, f"equal {'time' if timed else 'samples'}", f"{seen:,}", f"{minutes:.1f}", row,
                           f"{s['tokens_read']:.0f}", percent(s["f1"], s["f1_ci95"]), gap,
                           percent(s["em"], s["em_ci95"]), percent(s["first_token_top1"]), f"{s['nll_token']:.2f}"])

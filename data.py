@@ -343,11 +343,11 @@ class Item:
 @dataclass(frozen=True)
 class Layout:
     """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item).
-    asks(item): what the encoder reads behind the source to find what is needed of it; None: the source again."""
+    asks(item): what the reader reads behind the source to find what is needed of it; without it the source again."""
     before: np.ndarray
     source: Callable
     after: Callable
-    asks: Callable = lambda item: None
+    asks: Callable | None = None
 
 
 class Prompt:
@@ -583,7 +583,7 @@ def divide(length, count, chunk):
 
 def lay_source(before, texts, counts, chunk, repeat, asks=None):
     """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands asks[b] (token
-    ids), or where that is None the text once more behind the cue `repeat`. A text of more than `chunk` tokens is read
+    ids), or where asks is None the text once more behind the cue `repeat`. A text of more than `chunk` tokens is read
     in chunks, each with its share of the latents: the cost stays linear in the text. The keys of a chunk are turned
     together: its last token's would stand where the last of its latents stands in the cache."""
     import torch
@@ -599,7 +599,7 @@ def lay_source(before, texts, counts, chunk, repeat, asks=None):
             turns.append(np.full(share, at + share - len(part)))
             at += share
             rows.append(np.concatenate([before, part]))
-            read.append(np.concatenate([repeat, part]) if asks is None or asks[b] is None else asks[b])
+            read.append(np.concatenate([repeat, part]) if asks is None else asks[b])
             shares.append(share)
         flat.append(places)
         by.append(np.concatenate(turns))

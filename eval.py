@@ -275,12 +275,12 @@ def data_checksum(items):
     return digest.hexdigest()[:16]
 
 
-def begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dtype):
-    """The fields of metrics.json that no row changes."""
+def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, config, device, dtype):
+    """The fields of metrics.json that no row changes. made_by: see `provenance`."""
     name = fingerprint["lm"]
     metrics.update({
         "samples": len(items), "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype),
-        "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed, **provenance(),
+        "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed, **made_by,
         "avg_prompt_tokens": {name: float(np.mean([len(prompt.text(item)) for item in items]))},
         "debug": {name: {"latent_anchor_text": prompt.tokenizer.decode(prompt.anchor)},
                   "settings": {"latent_anchor_mode": "text", "latent_anchor_text": "Answer:", "prefix_gain": 1.0,
@@ -363,16 +363,17 @@ def main():
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
+    made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "data": data_checksum(items),
                    "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
                    "format": args.format, "max_new_tokens": args.max_new_tokens, "device": device.type,
-                   "dtype": str(dtype), "git_commit": provenance()["git_commit"]}
+                   "dtype": str(dtype), "git_commit": made_by["git_commit"]}
     metrics, records = read_earlier(out / "eval", fingerprint)
     checksum = saved.checksum if saved else "untrained"
     if config and metrics.get("ckpt_sha256") != checksum:
         forget_wire(metrics, records)
         metrics["ckpt_sha256"] = checksum
-    begin_metrics(metrics, args, fingerprint, prompt, items, config, device, dtype)
+    begin_metrics(metrics, args, fingerprint, made_by, prompt, items, config, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),
                            "golds": list(item.example.answers)}
                           for item in items]

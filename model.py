@@ -18,7 +18,7 @@ Words, one meaning each:
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and of it each head sees the M that it needs for a question
+                   alone: a document is stored at --ratio, and of it each layer sees the M that it needs for a question
 
 Shapes: B rows, T source tokens, M latents, N cached places (before + latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
@@ -252,8 +252,10 @@ class LatentWire(nn.Module):
 
     # -- batches
 
-    def source(self, texts, counts, asks=None):
-        """The Source of texts (token ids each), counts[b] latents each, to be found by asks[b] (None: the text)."""
+    def source(self, texts, counts, items=None):
+        """The Source of texts (token ids each), counts[b] latents each; items: whose texts they are, where the question
+        finds the latents."""
+        asks = [self.layout.asks(item) for item in items] if self.layout.asks and items else None
         return lay_source(self.layout.before, texts, counts, self.chunk, self.prompt.repeat, asks)
 
     def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
@@ -267,7 +269,7 @@ class LatentWire(nn.Module):
             return pack([(np.concatenate([before, text]), segments, c) for text, segments, c in zip(kept, asked, more)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
-        source = self.source(texts, counts, [self.layout.asks(row[0]) for row in rows])
+        source = self.source(texts, counts, [row[0] for row in rows])
         if self.config.wire == "embeds":
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
             batch = pack(list(zip(slots, asked, more)))
@@ -323,24 +325,34 @@ class LatentWire(nn.Module):
         keys, values = ([part.detach() for part in side] for side in (keys, values))
         place = torch.arange(real.shape[1], device=real.device).expand(real.shape)
         text = Latents(real, real.sum(1), keys, values, place=place)
-        found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
+        if self.layout.asks:
+            found = self.looked_at(text, source.asks)
+        else:
+            found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
         if self.config.wire == "embeds":
             found = [torch.stack(found).amax((0, 2))[:, None]]
         return [best(score[..., :real.shape[1]], real, H, source.share) for score in found]
 
-    def choose(self, latents, asks, M=None):
-        """Of Latents the M (default: what the wire was trained for) that each layer needs most where the reader, having
-        read asks (B, S), token ids with PAD right, is about to answer: the late choice of scope asked. As in SnapKV
-        (arXiv 2404.14469) the end of the prompt is what looks, and a latent is as needed as the most needed one up to 8
-        places beside it: an answer is found where it begins. The heads of a layer agree, each as loud as the others."""
-        H, held, real = len(self.layout.before), latents.held, asks != PAD
-        M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
+    def looked_at(self, latents, asks):
+        """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
+        with PAD right, is about to answer: (B, heads, N) a layer. As in SnapKV (arXiv 2404.14469) the end of the prompt
+        is what looks, and a place is as needed as the most needed one up to 8 beside it: an answer is found where it
+        begins. The heads of a layer agree, each as loud as the others."""
+        N, found, real = latents.held.shape[1], [], asks != PAD
+        text = torch.arange(N, device=real.device) >= len(self.layout.before)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
-        stays = []
         for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
-            score = score[..., :held.shape[1]].masked_fill(torch.arange(held.shape[1], device=held.device) < H, 0)
-            score = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
-            stays.append(best(F.max_pool1d(score, 17, 1, 8), held, H, M).expand(-1, latents.keys[0].shape[1], -1))
+            score = score[..., :N] * text
+            share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
+            found.append(F.max_pool1d(share, 17, 1, 8).expand_as(score))
+        return found
+
+    def choose(self, latents, asks, M=None):
+        """Of Latents the M (default: what the wire was trained for) that each layer needs most for asks (B, S), token
+        ids with PAD right: the late choice of scope asked."""
+        held = latents.held
+        M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
+        stays = [best(score, held, len(self.layout.before), M) for score in self.looked_at(latents, asks)]
         N = int(stays[0][:, 0].sum(1).max())
         return latents.chosen([ascending(stay)[..., :N] for stay in stays])
 

@@ -35,7 +35,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-from rows import ROWS, exact_match, own_row
+from rows import ROWS, exact_match, f1_score, interval, own_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = ("tf", "first", "kce", "kd", "more", "find", "entropy")  # find: of older runs
@@ -88,6 +88,18 @@ class Run:
 
 def percent(value, ci=None):
     return f"{100 * value:.1f}%" + (f" [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]" if ci else "")
+
+
+def paired(run, row, first, first_row):
+    """The paired difference of F1 to the first row, in points with its 95% interval; "-" where there is none."""
+    f1 = lambda run, row: {record["id"]: f1_score(record[row], record["golds"])
+                           for record in run.predictions if row in record}
+    mine, theirs = f1(run, row), f1(first, first_row)
+    if (run, row) == (first, first_row) or not mine.keys() & theirs.keys():
+        return "-"
+    gap = [100 * (mine[key] - theirs[key]) for key in mine if key in theirs]
+    low, high = interval(gap)
+    return f"{fmean(gap):+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def score_table(run):

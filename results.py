@@ -25,10 +25,8 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-import numpy as np
-
-from report import Run, markdown_table, percent
-from rows import ROWS, f1_score, interval
+from report import Run, markdown_table, paired, percent
+from rows import ROWS
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
@@ -52,18 +50,6 @@ def eval_command(run, rows):
     ckpt = f"--ckpt {run.config['out']}/ckpt/best " if run.config else "--lm {run.lm} "
     return (f"python eval.py --mode {','.join(rows)} {ckpt}--data {Path(run.metrics['dataset']).name} --samples "
             f"{run.metrics['samples']}")
-
-
-def paired(run, row, first, first_row):
-    """The paired difference of F1 to the first row, in points with its 95% interval; "-" where there is none."""
-    f1 = lambda run, row: {record["id"]: f1_score(record[row], record["golds"])
-                           for record in run.predictions if row in record}
-    mine, theirs = f1(run, row), f1(first, first_row)
-    if (run, row) == (first, first_row) or not mine.keys() & theirs.keys():
-        return "-"
-    gap = [100 * (mine[key] - theirs[key]) for key in mine if key in theirs]
-    low, high = interval(gap)
-    return f"{np.mean(gap):+.1f} [{low:.1f}, {high:.1f}]"
 
 
 def cells(run, row, first):

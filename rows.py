@@ -240,8 +240,8 @@ def read_latents(row, wire, items, others, M, ratio, form):
     else:  # a text that several items share is encoded once
         first = {text.tobytes(): b for b, text in reversed(list(enumerate(texts)))}
         alone = sorted(first.values())
-        asks = [layout.asks(given[b]) for b in alone]
-        latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone], asks).to(device))
+        latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone],
+                                          [given[b] for b in alone]).to(device))
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
         if wire.config.scope == "asked":
             latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M)

@@ -2,6 +2,7 @@
 Tests: `bash run_hpc.sh test`. Tiny random LMs for behaviour, the packaged SmolLM2-135M (marked slow) for what only a
 real model shows. Tests on real SQuAD are skipped with a reason where ../shared/squad is not there.
 """
+import ast
 import contextlib
 import copy
 import functools
@@ -433,6 +434,17 @@ def test_a_vocabulary_may_be_larger_than_its_tokenizer():
     logits[0, 49_200], logits[0, 500] = 9.0, 5.0
     batch = SimpleNamespace(step=torch.tensor([0]), label=torch.tensor([500]))
     assert train.first_token_stats(logits, batch, tokenizer)["hit"] == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc/self/maps, which Linux has")
+def test_weights_are_mapped_not_copied(tiny):
+    """So the processes of a machine share the pages of one LM, sharded or not, until they move it to their GPUs."""
+    lm, _ = load_lm(tiny, torch.float32, "cpu")
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines()
+             if line.endswith(".safetensors")]
+    mapped = [range(int(low, 16), int(high, 16)) for low, high in spans]
+    outside = [name for name, p in lm.named_parameters() if not any(p.data_ptr() in span for span in mapped)]
+    assert outside == []
 
 
 def test_an_lm_of_one_layer_and_one_of_few_positions():
@@ -1897,7 +1909,8 @@ def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
     found = {row: {"x": dict(f1=f1, f1_ci95=[f1 - 0.1, f1 + 0.1], **rest)} for row, f1 in f1s.items()}
     metrics = {"lm": "x", "samples": 2, "dataset": "squad", "avg_prompt_tokens": {"x": 64.0}, "compression": {"x": 8.0},
                "latent_len": 8, "device": "cpu", "wire": {"latent_bytes": {"fp16": 400}}, **found, **more}
-    records = [{"prompt": "Context: c\nQuestion: q?", "golds": ["x y"], **dict.fromkeys(f1s, text)} for text in said]
+    records = [{"id": str(n), "prompt": "Context: c\nQuestion: q?", "golds": ["x y"], **dict.fromkeys(f1s, text)}
+               for n, text in enumerate(said)]
     write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
     write_atomic(folder / "eval/predictions.jsonl", "\n".join(map(json.dumps, records)))
     return folder
@@ -2018,14 +2031,34 @@ def test_paired_differences_are_of_the_same_questions():
         {"id": key, "golds": ["yes"], row: answer} for key, answer in answers.items()])
     a, b = answered("latent", dict(p="yes", q="no", r="yes", s="no")), answered("text", dict(q="no", p="no", r="yes"))
     low, high = interval([100, 0, 0])
-    assert results.paired(a, "latent", b, "text") == f"+33.3 [{low:.1f}, {high:.1f}]"
-    assert results.paired(a, "latent", a, "latent") == "-" == results.paired(a, "latent", answered("text", {}), "text")
+    assert report.paired(a, "latent", b, "text") == f"+33.3 [{low:.1f}, {high:.1f}]"
+    assert report.paired(a, "latent", a, "latent") == "-" == report.paired(a, "latent", answered("text", {}), "text")
 
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 def test_tables_say_what_the_runs_measured(name):
     text = (HERE / name).read_text(encoding="utf-8")
     assert results.renewed(text) == text, f"{name} is stale: bash run_hpc.sh results"
+
+
+def test_every_printed_command_is_understood():
+    """Each flag that README, RESULTS or a docstring shows is one of its script's, each target one of run_hpc.sh's."""
+    parse = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args,
+             "report.py": report.parse_args, "bench.py": bench.parse_args, "ablate.py": ablate.parse_args,
+             "results.py": results.parse_args}
+    targets = re.findall(r"^(\w+)\)$", (HERE / "run_hpc.sh").read_text(), re.M)
+    parse["run_hpc.sh"] = lambda words: [targets.index(word) for word in words[:1] if not word.startswith("-")]
+    pages = [(HERE / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md")]
+    pages += [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in HERE.glob("*.py")]
+    command = r"(?:python|bash|sbatch|torchrun[-=_\w ]*) +(\w+\.(?:py|sh))((?: +(?:\"[^\"]*\"|[\w./,=-]+))*)"
+    shown, wrong = [found for page in pages for found in re.findall(command, page)], []
+    for script, rest in shown:
+        words = shlex.split(rest)
+        try:
+            "--help" in words or parse[script](words)
+        except (UserError, SystemExit, ValueError, KeyError) as error:
+            wrong.append((script, rest, error))
+    assert wrong == [] and {script for script, _ in shown} == parse.keys()
 
 
 def test_every_cell_of_the_ablation_is_another_recipe():
