@@ -7,8 +7,9 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
-    importance     how much a head needs a token of the source while the LM reads it again (scope prompt: the question)
-    latent         wire kv: in every layer and head one of the source's keys and its value, each head's own choice;
+    importance     how much a head needs a token of the source while the LM reads it again; in scopes asked and prompt,
+                   how much a layer needs it where the reader is about to answer
+    latent         wire kv: in every layer and head one of the source's keys and its value, the head's own choice;
                    wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
