@@ -256,7 +256,7 @@ class LatentWire(nn.Module):
     def source(self, texts, counts, items=None):
         """The Source of texts (token ids each), counts[b] latents each; items: whose texts they are, where the question
         finds the latents."""
-        asks = [self.layout.asks(item) for item in items] if self.layout.asks and items else None
+        asks = [self.layout.asks(item) for item in items] if self.layout.asks else None
         return lay_source(self.layout.before, texts, counts, self.chunk, self.prompt.repeat, asks)
 
     def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
@@ -337,15 +337,15 @@ class LatentWire(nn.Module):
     def looked_at(self, latents, asks):
         """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
         with PAD right, is about to answer: (B, heads, N) a layer. As in SnapKV (arXiv 2404.14469) the end of the prompt
-        is what looks, and a place is as needed as the most needed one up to 8 beside it: an answer is found where it
-        begins. The heads of a layer agree, each as loud as the others."""
+        is what looks, and a place is as needed as the most needed one up to 8 beside it, and half as much again for
+        itself: an answer is found where it begins. The heads of a layer agree, each as loud as the others."""
         N, found, real = latents.held.shape[1], [], asks != PAD
         text = torch.arange(N, device=real.device) >= len(self.layout.before)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
         for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
             score = score[..., :N] * text
             share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
-            found.append(F.max_pool1d(share, 17, 1, 8).expand_as(score))
+            found.append((F.max_pool1d(share, 17, 1, 8) + share / 2).expand_as(score))
         return found
 
     def choose(self, latents, asks, M=None):

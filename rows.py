@@ -242,10 +242,10 @@ def read_latents(row, wire, items, others, M, ratio, form):
         alone = sorted(first.values())
         latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone],
                                           [given[b] for b in alone]).to(device))
+        latents = through(latents, form)
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
         if wire.config.scope == "asked":
             latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M)
-        latents = through(latents, form)
     done = {"source_tokens": sum(map(len, texts))}
     if wire.config.wire == "embeds":
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])

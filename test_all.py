@@ -604,14 +604,15 @@ def test_importance_is_the_attention_that_a_place_gets_times_the_length_of_its_v
 @torch.no_grad()
 def looked_at(wire, asks, latents):
     """By hand, a layer each: what "Answer:" at the end of asks looks at in the Latents of one text, the layer's heads
-    together, each place as much as its neighbours; the text before, always there, lends its importance to none."""
+    together, each place as much as its neighbours and half as much for itself; the text before lends nothing."""
     ids, N, found = torch.from_numpy(asks)[None].long(), latents.held.shape[1], []
     asking = torch.arange(len(asks))[None] >= len(asks) - len(wire.prompt.anchor)
     for score in importance(wire.lm, embed(wire.lm, ids), ids >= 0, latents, asking, "reader"):
         share = score[0, :, :N].clone()
         share[:, :2] = 0
         share = (share / share.sum(1, keepdim=True)).mean(0)
-        found.append(torch.stack([share[max(0, n - 8):n + 9].max() for n in range(N)])[None].expand(2, -1))
+        near = torch.stack([share[max(0, n - 8):n + 9].max() for n in range(N)])
+        found.append((near + share / 2)[None].expand(2, -1))
     return found
 
 
@@ -1132,7 +1133,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
 @pytest.mark.skipif(not PRESERVED, reason="no preserved run in this checkout: check preserved_data out")
 @pytest.mark.parametrize("folder", PRESERVED, ids=lambda folder: folder.parent.name)
 def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
-    """40 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
+    """25 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
     if (number := read_json(folder / "config.json")["format"]) < store.FORMAT:
         with pytest.raises(UserError, match=f"format {number} is older .*commit {store.READS_OLDER[number]} reads it"):
             read_checkpoint(folder)
@@ -1145,12 +1146,12 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu")
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
     wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
-    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
+    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:25]
     items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
     assert [item.example.id for item in items] == [record["id"] for record in records]
     told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
     # Another machine's rounding may let a head keep another token, and so flip an answer or two.
-    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=0.05)
+    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=0.08)
 
 
 # ------------------------------------------------------------------------------------------------
