@@ -47,6 +47,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ask import replies
@@ -136,9 +137,12 @@ def step_of(wire, rows):
 
 
 def questions_of(args, items):
-    """Rows of five questions on a paragraph each, --batch questions in all."""
-    groups = [group[:5] for group in group_by_context(items) if len(group) >= 5]
-    return [[items[i] for i in group] for group in random.Random(0).sample(groups, max(1, args.batch // 5))]
+    """Rows of five questions on a paragraph each, as many as fit into --batch and at least one."""
+    groups, wanted = [group[:5] for group in group_by_context(items) if len(group) >= 5], max(1, args.batch // 5)
+    if len(groups) < wanted:
+        raise UserError(f"--batch {args.batch} needs {wanted} paragraphs of five questions, --data {args.data} has "
+                        f"{len(groups)}; lower it or give more data")
+    return [[items[i] for i in group] for group in random.Random(0).sample(groups, wanted)]
 
 
 def bench_train(args):
@@ -162,7 +166,8 @@ def bench_train(args):
 
 
 def bench_profile(args):
-    """A training step of the kv wire under torch.profiler; a phase counts without those inside it."""
+    """A training step of the kv wire under torch.profiler; a phase counts without those inside it. On a GPU a phase is
+    what the processor takes to launch it, an operator what its kernels take."""
     wire, items = setup(args)
     phases = {"encode": "first reading, forward", "keeps": "second reading and choice", "logits": "reader, forward"}
     for name in phases:
@@ -172,7 +177,7 @@ def bench_profile(args):
     on_gpu = wire.rarity.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
         whole = seconds(lambda: [run() for _ in range(args.repeats)]) / args.repeats
-    found = profiled.key_averages()
+    found = [event for event in profiled.key_averages() if event.device_type == DeviceType.CPU]
     took = {event.key: event.cpu_time_total / 1e6 / args.repeats for event in found}
     took["encode"] -= took["keeps"]
     by_phase = {text: took[name] for name, text in (phases | {
@@ -258,6 +263,9 @@ def bench_scale(args):
 def bench_documents(args):
     """Each question is on a paragraph of its own article; the others' stand beside it, in random order."""
     saved = read_checkpoint(args.ckpt)
+    if saved.config.wire == "tokens" or saved.config.scope == "prompt" or args.samples < 4:
+        raise UserError(f"documents needs a wire whose latents stand for a text alone, and --samples of at least 4; "
+                        f"this is --wire {saved.config.wire} --scope {saved.config.scope} with {args.samples}")
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
     wire = load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
     examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)

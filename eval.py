@@ -193,8 +193,8 @@ def compare(metrics, records, upper):
 
 
 def describe_latents(metrics, name, result, prompt, items, wire, form):
-    """Compression and payload of the latents, in the preserved run's fields. Bytes count the keys and values of the
-    text before the latents too, where the wire sends them."""
+    """Compression (by the latents that a question sees) and payload (of all that are stored), in the preserved run's
+    fields. Bytes count the keys and values of the text before the latents too, where the wire sends them."""
     n = metrics["samples"]
     whole = np.mean([len(prompt.text(item)) + len(prompt.anchor) for item in items])
     if metrics["fingerprint"]["ratio"]:
@@ -202,7 +202,7 @@ def describe_latents(metrics, name, result, prompt, items, wire, form):
     metrics["compression"] = {name: result["source_tokens"] / max(result["latents"], 1e-9)}
     metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
     values = place_values(wire.lm, wire.config.wire)
-    places = round(result["latents"] * n) + (n * len(wire.layout.before) if wire.config.wire == "kv" else 0)
+    places = round(result["stored"] * n) + (n * len(wire.layout.before) if wire.config.wire == "kv" else 0)
     bytes_of = {kind: payload_bytes(places * values, kind) for kind in FORMATS}
     metrics["payload_bytes"] = bytes_of[form]
     metrics["payload_bytes_detail"] = {**bytes_of, "selected": form}
@@ -310,7 +310,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             form = split_row(row)[2] or args.format
             if split_row(row)[0] == "latent" and not split_row(row)[1]:
                 before = len(items) * len(wire.layout.before) if wire.config.wire == "kv" else 0
-                values = (round(result["latents"] * len(items)) + before) * place_values(lm, wire.config.wire)
+                values = (round(result["stored"] * len(items)) + before) * place_values(lm, wire.config.wire)
                 metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {
                     **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")},
                     "bytes": payload_bytes(values, form)}

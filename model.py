@@ -9,7 +9,7 @@ Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     importance     how much a head needs a token of the source while the LM reads it again; in scopes asked and prompt,
                    how much a layer needs it where the reader is about to answer
-    latent         wire kv: in every layer and head one of the source's keys and its value, the head's own choice;
+    latent         wire kv: in every layer and head one of the source's keys and its value; which, is the head's choice;
                    wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
@@ -295,8 +295,8 @@ class LatentWire(nn.Module):
     # -- passes
 
     def encode(self, source):
-        """Source -> Latents. The LM reads before and text with the encoder's LoRA, and behind them, plain and without
-        gradient, what tells how much each head needs each token (`lm.importance`)."""
+        """Source -> Latents. The LM reads before and text with the encoder's LoRA, and behind them, without gradient,
+        what tells how much each token is needed (`keeps`)."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)

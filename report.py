@@ -3,7 +3,7 @@ Look at a run: write RUN/README.md, the run in one page, and RUN/report.html, wi
 
     python report.py runs/squad                              # also while it is still training
     python report.py runs/squad runs/demo                    # side by side: runs/squad/comparison.html and a table
-    python report.py runs/squad --preserve preserved_data    # a copy to keep: logs, scores, 200 predictions, checkpoint
+    python report.py runs/squad --preserve preserved_data    # a copy to keep: logs, scores, answers, checkpoint
 
 The curves need matplotlib (pip install matplotlib); without it the page keeps its tables. Reads config.json, logs/ and
 eval/ of a run, each file of them if it is there, also of older versions and of the specification's preserved run.
@@ -91,15 +91,16 @@ def percent(value, ci=None):
 
 
 def paired(run, row, first, first_row):
-    """The paired difference of F1 to the first row, in points with its 95% interval; "-" where there is none."""
-    f1 = lambda run, row: {record["id"]: f1_score(record[row], record["golds"])
+    """The paired difference of F1 to the first row over the questions that both answered, in points with its 95%
+    interval, and how many those are where that is not all; "-" where there are none."""
+    f1 = lambda run, row: {(record["id"], *record["golds"]): f1_score(record[row], record["golds"])
                            for record in run.predictions if row in record}
     mine, theirs = f1(run, row), f1(first, first_row)
-    if (run, row) == (first, first_row) or not mine.keys() & theirs.keys():
-        return "-"
     gap = [100 * (mine[key] - theirs[key]) for key in mine if key in theirs]
+    if (run, row) == (first, first_row) or not gap:
+        return "-"
     low, high = interval(gap)
-    return f"{fmean(gap):+.1f} [{low:.1f}, {high:.1f}]"
+    return f"{fmean(gap):+.1f} [{low:.1f}, {high:.1f}]" + (f", n = {len(gap)}" if len(gap) < len(mine) else "")
 
 
 def score_table(run):
@@ -198,7 +199,8 @@ def own_lines(run):
         low, high = kept["ci95"]
         out.append(f"- **Retention**: {kept['ratio']:.2f} [{low:.2f}, {high:.2f}] of {what} ({percent(kept['f1'])})")
     if run.own == "latent":
-        out.append(f"- **Compression**: {m['compression'][run.lm]:.1f}x, {m['latent_len']} latents")
+        out.append(f"- **Compression**: {m['compression'][run.lm]:.1f}x, {m['latent_len']} latents"
+                   + (" that a question sees" if run.config.get("scope") == "asked" else ""))
         sizes = m["wire"].get("text_bytes", {}) | m["wire"]["latent_bytes"]
         sizes = ", ".join(f"{what} {size / m['samples']:,.0f}" for what, size in sizes.items())
         out.append(f"- **Bytes a context**, as text and as latents: {sizes}")
@@ -278,8 +280,8 @@ def index(folder):
     runs = [Run(path) for path in sorted(folder.iterdir()) if (path / "eval" / "metrics.json").exists()]
     return "\n---\n\n".join([f"""# Preserved Experimental Data
 
-Results of LatentWire runs, kept so that anyone can evaluate and inspect them: scores and answers in `eval/`, the
-checkpoint in `ckpt/`, and `logs/`. Written by `python report.py RUN --preserve {folder.name}`. Questions and contexts
+Results of LatentWire runs, kept so that anyone can evaluate and inspect them: scores and answers in `eval/`, `logs/`,
+and of some the checkpoint in `ckpt/`. Written by `python report.py RUN --preserve {folder.name}`. Questions and texts
 are from SQuAD v1.1 (Rajpurkar et al., 2016, arXiv 1606.05250), CC BY-SA 4.0.
 """, *(markdown(run, level=2) for run in runs)])
 
@@ -291,8 +293,9 @@ def reading(run):
     """[(label, tokens that the LM reads, F1 in percent, 95% intervals)]: the wire's rows as one curve, others alone."""
     found = {}
     for row, (s, _) in sorted(run.rows.items(), key=lambda pair: pair[1][0].get("tokens_read", 0)):
-        if "tokens_read" in s and "f1_ci95" in s and not row.partition("@")[2].isalpha():
-            found.setdefault(row.partition("@")[0], []).append((s["tokens_read"], s))
+        name, _, at = row.partition("@")
+        if "tokens_read" in s and "f1_ci95" in s and (not at or at.isdigit()):
+            found.setdefault(name, []).append((s["tokens_read"], s))
     return [(row, [x for x, _ in points], [100 * s["f1"] for _, s in points], gaps(s for _, s in points))
             for row, points in found.items()]
 
@@ -392,17 +395,19 @@ def headline(run):
     whole = run.rows.get("text_lora" if run.own != "text_lora" else "text") or run.rows.get("text")
     if whole and whole[0]["f1"]:
         found.append((f"{s['f1'] / whole[0]['f1']:.0%}", f"of the whole text's {percent(whole[0]['f1'])}"))
-    if run.own == "latent":
-        found.append((f"{m['compression'][run.lm]:.1f}x", f"smaller: {m['latent_len']} latents for a text"))
-    if whole and "prefill_sec_per_sample" in s and whole[0].get("prefill_sec_per_sample"):
+    if run.own != "latent" or run.config.get("scope", "context") != "context":
+        return found  # a question's choice takes time, and what it chooses from is no smaller than what is stored
+    found.append((f"{m['compression'][run.lm]:.1f}x", f"smaller: {m['latent_len']} latents for a text"))
+    if whole and s.get("prefill_sec_per_sample") and whole[0].get("prefill_sec_per_sample"):
         faster = whole[0]["prefill_sec_per_sample"] / s["prefill_sec_per_sample"]
         found.append((f"{faster:.1f}x", "as fast to the first token as the text, latents at hand"))
     return found
 
 
-def ten_answers(run):
-    """(head, rows): of ten questions the answers of the text, the best rival and the wire, right ones ticked."""
-    known = [row for row in run.rows if run.predictions and row in run.predictions[0]]
+def ten_answers(run, whole):
+    """(head, rows): of ten questions the answers of the text, the best rival and the wire, right ones ticked. whole:
+    the run's predictions that have their prompt."""
+    known = [row for row in run.rows if row in whole[0]]
     texts = [row for row in ("text_lora", "anchor", "text") if row in known][:1]
     rivals = sorted((row for row in known if ROWS[row.partition("@")[0]].keep), key=lambda row: -run.rows[row][0]["f1"])
     shown = list(dict.fromkeys([*texts, *rivals[:1], *[row for row in [run.own] if row in known]]))
@@ -410,7 +415,7 @@ def ten_answers(run):
     tick = lambda record, row: "\u2713 " if exact_match(record[row], record["golds"]) else "\u2717 "
     return ["question", "gold", *shown], [
         [question(record), record["golds"][0], *(tick(record, row) + record[row] for row in shown)]
-        for record in [record for record in run.predictions if "prompt" in record][:10]]
+        for record in whole[:10]]
 
 
 def page(runs):
@@ -421,12 +426,12 @@ def page(runs):
         body += [html_table(*comparison(runs)), *curves]
     else:
         big = "".join(f"<p><b>{figure}</b> {html.escape(text)}</p>" for figure, text in headline(run))
+        whole = [record for record in run.predictions if "prompt" in record and run.rows.keys() & record.keys()]
         body += [f"<div class=head>{big}</div>", *curves[:2]]
-        if run.rows:
-            body += ["<h2>Ten questions</h2>", html_table(*ten_answers(run))]
+        if whole:
+            body += ["<h2>Ten questions</h2>", html_table(*ten_answers(run, whole))]
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
         body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
-        whole = [record for record in run.predictions if run.rows and "prompt" in record]  # a kept copy has fewer
         body += ["<h2>Predictions</h2>", FILTER, *(prediction(run, record) for record in whole)]
         body += ["<h2>Configuration</h2>", html_table(["flag", "value"], list(run.config.items()))]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"

@@ -25,31 +25,41 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
+from model import budgets
 from report import Run, markdown_table, paired, percent
 from rows import ROWS
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
-SHORT = ("Reads", "Questions trained on", "F1", "EM", "NLL/token", "Tokens read")
+SHORT = ("Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read")
 LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM", "NLL/token", "First token",
         "Tokens read", "Commit")
 
 
 def train_command(config):
-    """The command line that a run's config.json stands for: what differs from its preset."""
-    preset = config.get("preset", "default")
-    usual = asdict(Config(**{"preset": preset, **PRESETS[preset]}))
+    """The command line that a run's config.json stands for: what differs from its preset. Raises UserError for a run of
+    a version that had other flags."""
+    preset = config["preset"]
+    usual = asdict(Config(**{"preset": preset, **PRESETS.get(preset, {})}))
+    if preset not in PRESETS or (gone := config.keys() - usual.keys()):
+        other = preset if preset not in PRESETS else ", ".join(sorted(gone))
+        raise UserError(f"a run with {other} is of another version: its command is not today's; write table: in place "
+                        "of runs:")
     idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
     flags = [f"--{name} {shown(value)}" for name, value in config.items()
-             if name in usual and name not in idle and value != usual[name]]
+             if name not in idle and value != usual[name]]
     return " ".join([f"python train.py --preset {preset}", *flags, f"--out {config['out']}"])
 
 
 def eval_command(run, rows):
-    ckpt = f"--ckpt {run.config['out']}/ckpt/best " if run.config else "--lm {run.lm} "
-    return (f"python eval.py --mode {','.join(rows)} {ckpt}--data {Path(run.metrics['dataset']).name} --samples "
-            f"{run.metrics['samples']}")
+    m, usual = run.metrics, {"latents": max(budgets(Config(**run.config))) if run.config else 32, "format": "fp32",
+                             "max_new_tokens": 24}
+    given = m["fingerprint"]
+    changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
+    who = f"--ckpt {run.config['out']}/ckpt/best" if run.config else f"--lm {run.lm}"
+    return (f"python eval.py --mode {','.join(rows)} {who} --data {Path(m['dataset']).name} --samples {m['samples']}"
+            + "".join(changed))
 
 
 def cells(run, row, first):
@@ -57,15 +67,16 @@ def cells(run, row, first):
     if row not in run.rows:
         raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
     s, about = run.rows[row][0], ROWS[row.partition("@")[0]]
-    at = row.partition("@")[2]
+    at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
+    best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     return {
         "Run": re.sub(r"^[\d-]+_smollm2_", "", run.name), "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
-        "Questions trained on": f"{run.end.get('samples_seen', 0):,}" if about.trained else "-",
-        "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s["f1_ci95"]),
-        "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s["em_ci95"]),
-        "NLL/token": f"{s['nll_token']:.2f}", "First token": percent(s["first_token_top1"]),
-        "Tokens read": f"{s['tokens_read']:.0f}", "Commit": (run.metrics.get("git_commit") or "-")[:7]}
+        "Questions trained on": f"{best.get('samples_seen', 0):,}" if about.trained else "-",
+        "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
+        "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
+        "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
+        "Tokens read": number("tokens_read", "{:.0f}"), "Commit": (run.metrics.get("git_commit") or "-")[:7]}
 
 
 def block(kind, names):
@@ -77,14 +88,15 @@ def block(kind, names):
     found = [cells(runs[name], row, first) for row, name in pairs]
     if kind == "runs":
         of = lambda name: [row for row, theirs in pairs if theirs == name]
-        commands = ["```", *(line for name, run in runs.items()
-                             for line in (train_command(run.config), eval_command(run, of(name)))), "```", ""]
+        trained = lambda run: [train_command(run.config)] if run.config else []
+        lines = [[*trained(run), eval_command(run, of(name))] for name, run in runs.items()]
+        commands = ["```", *sum(lines, []), "```", ""]
     return "\n".join([*commands, *markdown_table(list(columns), [[row[c] for c in columns] for row in found])])
 
 
 def renewed(text):
     """The text with every marked table written anew."""
-    return re.sub(r"(<!-- (runs|table): (.*?) -->\n).*?(<!-- end -->)",
+    return re.sub(r"(<!-- (runs|table): ([^\n]*?) -->\n)(?:(?!<!-- (?:runs|table):).)*?(<!-- end -->)",
                   lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
 
 

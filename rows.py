@@ -246,7 +246,7 @@ def read_latents(row, wire, items, others, M, ratio, form):
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
         if wire.config.scope == "asked":
             latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M)
-    done = {"source_tokens": sum(map(len, texts))}
+    done = {"source_tokens": sum(map(len, texts)), "stored": sum(counts)}
     if wire.config.wire == "embeds":
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
                 for n, item in zip(counts, items)]
@@ -287,8 +287,8 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
                  bar=None, form="fp32"):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
     trained for), the latents quantised as `form` says. Returns a dict with, per item in order, `answers`, `ids`,
-    `f1`, `em`, and the means nll_token, first_token_top1, first_token_top5, tokens_read, latents, and seconds encode,
-    prefill, decode."""
+    `f1`, `em`, and the means nll_token, first_token_top1, first_token_top5, tokens_read, latents (that a question
+    sees), stored (of its document), and seconds encode, prefill, decode."""
     name, own, own_form = split_row(name)
     row, form = ROWS[name], own_form or form
     M, ratio = (own, None) if own else (M, ratio)
@@ -325,7 +325,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         "em": [exact_match(a, item.example.answers) for a, item in zip(answers, items)],
         "nll_token": total["nll"] / total["tokens"], "tokens": total["tokens"],
         "first_token_top1": float((hits < 1).mean()), "first_token_top5": float((hits < 5).mean()),
-        **{key: total[key] / n for key in ("tokens_read", "source_tokens", "latents")},
+        **{key: total[key] / n for key in ("tokens_read", "source_tokens", "latents", "stored")},
         **{key: total[key] for key in ("encode_s", "prefill_s", "decode_s")},
     }
 

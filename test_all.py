@@ -1806,7 +1806,8 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
     out = capsys.readouterr().out
     shown, looks = out.split("its first token looks at the latents of")
     assert "\x1b" not in out and "log-probability -" in out and "from the first 8 tokens" in out
-    assert re.search(r"8 of which (each head keeps|the question sees)", shown) and "#" in shown.split("question  ")[0]
+    assert re.search(r"8 of which (each head keeps|the question sees in each layer|are kept)", shown)
+    assert "#" in shown.split("question  ")[0]
     found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
     assert len(found) == 8 and found == sorted(found, reverse=True) and 0 < sum(found) < 100.5
 
@@ -1952,10 +1953,11 @@ def test_the_page_begins_with_how_good_how_small_and_how_fast(tmp_path):
     write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
     made = report.Run(folder)
     assert [figure for figure, _ in report.headline(made)] == ["60.0%", "75%", "8.0x", "3.0x"]
-    head, (first, second) = report.ten_answers(made)
+    head, (first, second) = report.ten_answers(made, made.predictions)
     assert head == ["question", "gold", "text_lora", "matched_lora", "latent"]
     assert first == ["q?", "x y", *["\u2713 x y"] * 3] and second[2:] == ["\u2717 <b>z"] * 3
-    assert report.reading(made)[0][:3] == ("text_lora", [33], [80.0])
+    made.rows["latent@16"] = made.rows["latent@int8"] = ({**made.rows["latent"][0], "tokens_read": 17, "f1": 0.5}, 1)
+    assert report.reading(made)[0][:3] == ("latent", [17, 33], [50.0, 60.0])  # another format is no other place
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -2041,11 +2043,15 @@ def test_report_reads_older_runs(folder, figures):
 
 
 def test_paired_differences_are_of_the_same_questions():
-    answered = lambda row, answers: SimpleNamespace(predictions=[
-        {"id": key, "golds": ["yes"], row: answer} for key, answer in answers.items()])
+    answered = lambda row, answers, gold="yes": SimpleNamespace(predictions=[
+        {"id": key, "golds": [gold], row: answer} for key, answer in answers.items()])
     a, b = answered("latent", dict(p="yes", q="no", r="yes", s="no")), answered("text", dict(q="no", p="no", r="yes"))
     low, high = interval([100, 0, 0])
-    assert report.paired(a, "latent", b, "text") == f"+33.3 [{low:.1f}, {high:.1f}]"
+    assert report.paired(a, "latent", b, "text") == f"+33.3 [{low:.1f}, {high:.1f}], n = 3"
+    low, high = interval([-100, 0, 0])
+    assert report.paired(b, "text", a, "latent") == f"-33.3 [{low:.1f}, {high:.1f}]"
+    other = answered("text", dict(p="no"), "no")  # another file's question of that number
+    assert report.paired(a, "latent", other, "text") == "-"
     assert report.paired(a, "latent", a, "latent") == "-" == report.paired(a, "latent", answered("text", {}), "text")
 
 
