@@ -264,12 +264,13 @@ def test_epoch_plan_has_batches_of_like_length_and_leaves_out_by_chance():
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4), st.integers(3, 50))
-def test_any_text_gets_exactly_its_latents(texts, chunk):
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4), st.integers(3, 50),
+       st.booleans())
+def test_any_text_gets_exactly_its_latents(texts, chunk, asked):
     """Chunks cover a text and take their shares; keys are turned so that a chunk ends where its last latent stands."""
     rng = np.random.default_rng(0)
     ids, counts = [rng.integers(3, 50, T) for T, _ in texts], [min(T, M) for T, M in texts]
-    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]), [None, np.array([61])] * 2)
+    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]), [np.array([61])] * 4 if asked else None)
     assert source.length.tolist() == source.held.sum(1).tolist() == [2 + count for count in counts]
     assert source.ids.shape[1] <= 2 + chunk and source.whole == all(T <= M for T, M in texts)
     row = 0
@@ -280,7 +281,7 @@ def test_any_text_gets_exactly_its_latents(texts, chunk):
             if share or len(read) == 2:
                 part, asks = text[begin:end].tolist(), source.asks[row].tolist()
                 assert source.ids[row].tolist()[:2 + len(part)] == [1, 2, *part] and source.share[row] == share
-                assert [x for x in asks if x >= 0] == ([61] if b % 2 else [60, *part])
+                assert [x for x in asks if x >= 0] == ([61] if asked else [60, *part])
                 assert by[2 + at:2 + at + share] == [at + share - len(part)] * share
                 row, at, read = row + 1, at + share, read + part
         assert source.ids.flatten()[flat].tolist() == read and at == count and by[:2] == [0, 0]
