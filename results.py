@@ -70,7 +70,7 @@ def cells(run, row, first):
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     return {
-        "Run": re.sub(r"^[\d-]+_smollm2_", "", run.name), "Row": row,
+        "Run": re.sub(r"^[\d-]+_smollm2_squad_", "", run.name), "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
         "Questions trained on": f"{best.get('samples_seen', 0):,}" if about.trained else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
@@ -90,7 +90,7 @@ def block(kind, names):
         of = lambda name: [row for row, theirs in pairs if theirs == name]
         trained = lambda run: [train_command(run.config)] if run.config else []
         lines = [[*trained(run), eval_command(run, of(name))] for name, run in runs.items()]
-        commands = ["```", *sum(lines, []), "```", ""]
+        commands = ["```", *dict.fromkeys(sum(lines, [])), "```", ""]
     return "\n".join([*commands, *markdown_table(list(columns), [[row[c] for c in columns] for row in found])])
 
 
