@@ -157,8 +157,9 @@ def inspect(wire, document, latents, question, args):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
     words = [printable(tokenizer.decode([token])) for token in ids]
-    M, asked = latents.held.shape[1] - before, wire.config.scope == "asked"
-    which = "the question sees in each layer" if asked else "each head keeps" if len(latents.kept) > 1 else "are kept"
+    M, which = latents.held.shape[1] - before, "each head keeps" if len(latents.kept) > 1 else "are kept"
+    if wire.config.scope == "asked":
+        which = "the question sees in each layer"
     print(f"{len(ids)} tokens, {M} of which {which}. "
           f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
     often = of_tokens(latents, len(ids), before)

@@ -192,6 +192,12 @@ def compare(metrics, records, upper):
     return lines
 
 
+def values_sent(result, n, wire):
+    """How many values the stored latents of n texts are, with those of the text before them where the wire sends it."""
+    before = n * len(wire.layout.before) if wire.config.wire == "kv" else 0
+    return (round(result["stored"] * n) + before) * place_values(wire.lm, wire.config.wire)
+
+
 def describe_latents(metrics, name, result, prompt, items, wire, form):
     """Compression (by the latents that a question sees) and payload (of all that are stored), in the preserved run's
     fields. Bytes count the keys and values of the text before the latents too, where the wire sends them."""
@@ -202,8 +208,7 @@ def describe_latents(metrics, name, result, prompt, items, wire, form):
     metrics["compression"] = {name: result["source_tokens"] / max(result["latents"], 1e-9)}
     metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
     values = place_values(wire.lm, wire.config.wire)
-    places = round(result["stored"] * n) + (n * len(wire.layout.before) if wire.config.wire == "kv" else 0)
-    bytes_of = {kind: payload_bytes(places * values, kind) for kind in FORMATS}
+    bytes_of = {kind: payload_bytes(values_sent(result, n, wire), kind) for kind in FORMATS}
     metrics["payload_bytes"] = bytes_of[form]
     metrics["payload_bytes_detail"] = {**bytes_of, "selected": form}
     texts = [item.example.context.encode("utf-8", "surrogatepass") for item in items]  # what the latents stand in for
@@ -309,11 +314,9 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
                 describe_latents(metrics, name, result, prompt, items, wire, args.format)
             form = split_row(row)[2] or args.format
             if split_row(row)[0] == "latent" and not split_row(row)[1]:
-                before = len(items) * len(wire.layout.before) if wire.config.wire == "kv" else 0
-                values = (round(result["stored"] * len(items)) + before) * place_values(lm, wire.config.wire)
                 metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {
                     **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")},
-                    "bytes": payload_bytes(values, form)}
+                    "bytes": payload_bytes(values_sent(result, len(items), wire), form)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             comparison = compare(metrics, records, upper)

@@ -35,7 +35,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-from rows import ROWS, exact_match, f1_score, interval, own_row
+from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = ("tf", "first", "kce", "kd", "more", "find", "entropy")  # find: of older runs
@@ -293,8 +293,8 @@ def reading(run):
     """[(label, tokens that the LM reads, F1 in percent, 95% intervals)]: the wire's rows as one curve, others alone."""
     found = {}
     for row, (s, _) in sorted(run.rows.items(), key=lambda pair: pair[1][0].get("tokens_read", 0)):
-        name, _, at = row.partition("@")
-        if "tokens_read" in s and "f1_ci95" in s and (not at or at.isdigit()):
+        name, _, form = split_row(row)
+        if "tokens_read" in s and "f1_ci95" in s and not form:
             found.setdefault(name, []).append((s["tokens_read"], s))
     return [(row, [x for x, _ in points], [100 * s["f1"] for _, s in points], gaps(s for _, s in points))
             for row, points in found.items()]
@@ -373,14 +373,19 @@ def html_table(head, rows):
     return f"<div class=wide><table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table></div>"
 
 
+def divided(record):
+    """(context, question) of a prediction's prompt."""
+    context, _, question = record["prompt"].rpartition("\nQuestion: ")
+    return context, question.partition("\n")[0]
+
+
 def prediction(run, record):
     """One question, to be opened: its context and what every row answered."""
-    context, _, question = record["prompt"].rpartition("\nQuestion: ")
     golds, verdict = record["golds"], ("wrong", "right")
     right = {row: verdict[int(exact_match(record[row], golds))] for row in run.rows if row in record}
     answers = [["gold", " | ".join(golds), ""], *([row, record[row], right[row]] for row in right)]
     own = run.own if run.own in right else next(iter(right))
-    question, answer, context = map(html.escape, (question.partition("\n")[0], record[own], context))
+    context, question, answer = map(html.escape, (*divided(record), record[own]))
     return (f"<details class={right[own]}><summary>{question} <b>{answer}</b></summary><p>{context}</p>"
             f"{html_table(['row', 'answer', ''], answers)}</details>")
 
@@ -392,7 +397,7 @@ def headline(run):
     m, (s, _) = run.metrics, run.rows[run.own]
     found = [(percent(s["f1"]), f"F1 of {m['samples']} answers" + (
         f", {100 * s['f1_ci95'][0]:.1f} to {100 * s['f1_ci95'][1]:.1f}" if "f1_ci95" in s else ""))]
-    whole = run.rows.get("text_lora" if run.own != "text_lora" else "text") or run.rows.get("text")
+    whole = next((run.rows[row] for row in ("text_lora", "text") if row in run.rows and row != run.own), None)
     if whole and whole[0]["f1"]:
         found.append((f"{s['f1'] / whole[0]['f1']:.0%}", f"of the whole text's {percent(whole[0]['f1'])}"))
     if run.own != "latent" or run.config.get("scope", "context") != "context":
@@ -409,12 +414,11 @@ def ten_answers(run, whole):
     the run's predictions that have their prompt."""
     known = [row for row in run.rows if row in whole[0]]
     texts = [row for row in ("text_lora", "anchor", "text") if row in known][:1]
-    rivals = sorted((row for row in known if ROWS[row.partition("@")[0]].keep), key=lambda row: -run.rows[row][0]["f1"])
+    rivals = sorted((row for row in known if ROWS[split_row(row)[0]].keep), key=lambda row: -run.rows[row][0]["f1"])
     shown = list(dict.fromkeys([*texts, *rivals[:1], *[row for row in [run.own] if row in known]]))
-    question = lambda record: record["prompt"].rpartition("\nQuestion: ")[2].partition("\n")[0]
     tick = lambda record, row: "\u2713 " if exact_match(record[row], record["golds"]) else "\u2717 "
     return ["question", "gold", *shown], [
-        [question(record), record["golds"][0], *(tick(record, row) + record[row] for row in shown)]
+        [divided(record)[1], record["golds"][0], *(tick(record, row) + record[row] for row in shown)]
         for record in whole[:10]]
 
 

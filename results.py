@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from model import budgets
 from report import Run, markdown_table, paired, percent
-from rows import ROWS
+from rows import ROWS, split_row
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
@@ -41,10 +41,9 @@ def train_command(config):
     a version that had other flags."""
     preset = config["preset"]
     usual = asdict(Config(**{"preset": preset, **PRESETS.get(preset, {})}))
-    if preset not in PRESETS or (gone := config.keys() - usual.keys()):
-        other = preset if preset not in PRESETS else ", ".join(sorted(gone))
-        raise UserError(f"a run with {other} is of another version: its command is not today's; write table: in place "
-                        "of runs:")
+    if other := {preset} - PRESETS.keys() or config.keys() - usual.keys():
+        raise UserError(f"a run with {', '.join(sorted(other))} is of another version: its command is not today's; "
+                        "write table: in place of runs:")
     idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
     flags = [f"--{name} {shown(value)}" for name, value in config.items()
@@ -66,7 +65,7 @@ def cells(run, row, first):
     """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
     if row not in run.rows:
         raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
-    s, about = run.rows[row][0], ROWS[row.partition("@")[0]]
+    s, about = run.rows[row][0], ROWS[split_row(row)[0]]
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     return {

@@ -1134,7 +1134,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
 @pytest.mark.skipif(not PRESERVED, reason="no preserved run in this checkout: check preserved_data out")
 @pytest.mark.parametrize("folder", PRESERVED, ids=lambda folder: folder.parent.name)
 def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
-    """25 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
+    """40 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
     if (number := read_json(folder / "config.json")["format"]) < store.FORMAT:
         with pytest.raises(UserError, match=f"format {number} is older .*commit {store.READS_OLDER[number]} reads it"):
             read_checkpoint(folder)
@@ -1147,12 +1147,12 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu")
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
     wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
-    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:25]
+    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
     items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
     assert [item.example.id for item in items] == [record["id"] for record in records]
     told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
     # Another machine's rounding may let a head keep another token, and so flip an answer or two.
-    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=0.08)
+    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=0.05)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1807,7 +1807,8 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
     out = capsys.readouterr().out
     shown, looks = out.split("its first token looks at the latents of")
     assert "\x1b" not in out and "log-probability -" in out and "from the first 8 tokens" in out
-    assert re.search(r"8 of which (each head keeps|the question sees in each layer|are kept)", shown)
+    which = {"asked": "the question sees in each layer"}.get(changes.get("scope"), "each head keeps")
+    assert f"8 of which {'are kept' if changes.get('wire') == 'embeds' else which}." in shown
     assert "#" in shown.split("question  ")[0]
     found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
     assert len(found) == 8 and found == sorted(found, reverse=True) and 0 < sum(found) < 100.5
