@@ -4,13 +4,16 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     python bench.py all                                   # every part, on SmolLM2-135M and synthetic passages
     python bench.py train answer --data train-v1.1.json.gz
 
-    python bench.py documents --ckpt runs/squad/ckpt/best --data dev-v1.1.json.gz
+    python bench.py documents peers --ckpt runs/squad/ckpt/best --data dev-v1.1.json.gz
 
     train    questions a second and peak memory of a training step, for each wire and without each saving
     answer   time to the first answer and for each next question: text against latents
     profile  where a training step's time goes: by phase, and by operator
     scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
+    plan     what fits where: memory of a training step, counted without running it, for --lm and for Llama-3.1-8B
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
+    peers    a trained wire beside published methods that keep as much: kvpress beside one of --wire kv, LLMLingua
+             beside one of --wire tokens; not in `all`: pip install --no-deps -r requirements-bench.txt
 
 Contenders alternate, in another order each round, and medians are reported: one that slows down slows all.
 """
@@ -19,11 +22,17 @@ import math
 import random
 import statistics
 import time
+import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 from common import Parser, UserError, log, run_main, write_atomic
 
-PARTS = ("train", "profile", "answer", "scale", "documents")
+PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "peers")
+TRAINED = ("documents", "peers")  # these need --ckpt
 
 
 def parse_args(argv=None):
@@ -31,8 +40,8 @@ def parse_args(argv=None):
     p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
     p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
-    p.add_argument("--ckpt", help="checkpoint of a trained wire, for `documents`; without it that part is left out")
-    p.add_argument("--samples", type=int, default=50, help="questions of `documents` (default 50)")
+    p.add_argument("--ckpt", help="checkpoint of a trained wire, for `documents` and `peers`")
+    p.add_argument("--samples", type=int, default=50, help="questions of `documents` and `peers` (default 50)")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
     p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their "
@@ -47,17 +56,24 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
-from data import Example, Prompt, group_by_context, load_data
-from lm import checkpoint_layers, generate, load_lm
-from model import LatentWire, WireConfig
-from rows import f1_score, interval, kept_tokens
+from data import Example, Prompt, Source, group_by_context, load_data
+from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
+from model import Latents, LatentWire, WireConfig
+from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
 WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
+LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # as its config.json says
 
 
 def setup(args, **changes):
@@ -88,22 +104,39 @@ def side_by_side(contenders, repeats):
     return {name: statistics.median(taken[name] for taken in rounds[1:]) for name in contenders}
 
 
+class Meter(TorchDispatchMode):
+    """Inside, counts the bytes of all tensors that are made and not freed: `now`, and `peak`, the most at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        storages = lambda tree: [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+        given = {*storages((args, kwargs))}  # of which what is made may be a view
+        for storage in storages(made):
+            if storage not in self.known and storage not in given:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _free(self, count):
+        self.now -= count
+
+
 def peak_bytes(run):
-    """Bytes that a run needs on top of what is held before it; NaN where the system does not say."""
+    """Bytes of tensors that a run needs on top of what is held before it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
-        before = status("VmRSS:")
+    with Meter() as meter:  # a process's own peak says more of its allocator, which keeps what is freed
         run()
-        return status("VmHWM:") - before
-    except OSError:
-        run()
-        return math.nan
+    return meter.peak
 
 
 def table(head, rows):
@@ -159,7 +192,7 @@ def bench_train(args):
         contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)
     times, n = side_by_side(contenders, args.repeats), len(alone)
     peaks = {name: peak_bytes(run) for name, run in contenders.items()}
-    table([f"{n} questions a step", "questions/s", "of kv", "peak MB above rest"],
+    table([f"{n} questions a step", "questions/s", "of kv", "peak MB of tensors"],
           [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name,
            taken in times.items()])
     return {"questions": n, "seconds": times, "peak_bytes": peaks}
@@ -259,6 +292,62 @@ def bench_scale(args):
     return result
 
 
+def unreal(what, mode):
+    """A Batch or a Source whose tensors have shapes but no values."""
+    fake = lambda x: unreal(x, mode) if isinstance(x, Source) else mode.from_tensor(x) if torch.is_tensor(x) else x
+    return type(what)(*map(fake, vars(what).values()))
+
+
+def step_bytes(config, dtype, rows, prompt, recompute):
+    """Bytes of a training step on rows of items for an LM of that config: the frozen LM's, its largest layer's, those
+    of what is trained with Adam's, and what passes, gradients included, at its peak. The step itself runs, on tensors
+    without values, so that nothing is held and nothing here has to be kept like model.py."""
+    size = lambda tensors: sum(x.numel() * x.element_size() for x in tensors)
+    mode, meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
+    with mode, meter:
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
+        lm.name, lm.identity, lm.turning = "planned", {}, [True] * config.num_hidden_layers  # wiring would try it out
+        frozen, layer = size(lm.parameters()), max(size(layer.parameters()) for layer in lm.model.layers)
+        wire = LatentWire(lm, WireConfig(lm="planned", prompt="plain"), prompt).train()
+    if recompute:
+        checkpoint_layers(lm)
+    batch, trained = unreal(wire.collate(rows, wire.stored), mode), list(wire.trainable().values())
+    with mode, meter:
+        before = meter.peak = meter.now
+        wire(batch, WEIGHTS)[0].backward()
+    return {"frozen": frozen, "layer": layer, "trained": 3 * size(trained), "passing": meter.peak - before}
+
+
+def bench_plan(args):
+    """What fits where. With --shard each of n GPUs holds the embeddings, an n-th of the layers and two whole ones."""
+    wire, items = setup(args, lora_rank=32)
+    rows, lm, GB, result, lines = questions_of(args, items), wire.lm, 1e9, {}, []
+    step, few, n = step_of(wire, rows), rows[:1], sum(map(len, rows))
+    step()  # so that Adam's state is there
+    result["measured"] = peak_bytes(step)
+    for name, config, dtype in ((args.lm, lm.config, lm.dtype), (args.lm, lm.config, torch.bfloat16),
+                                ("Llama-3.1-8B", LlamaConfig(**LLAMA_8B), torch.bfloat16)):
+        for recompute in (False, True):
+            all_rows, one = (step_bytes(config, dtype, these, wire.prompt, recompute) for these in (rows, few))
+            beside = n - len(few[0])  # what is the same for any number of questions cancels out
+            each = (all_rows["passing"] - one["passing"]) / beside if beside else all_rows["passing"] / n
+            whole, layers = all_rows["frozen"], config.num_hidden_layers * all_rows["layer"]
+            held = {gpus: all_rows["trained"] + (whole if gpus == 1 else whole - layers + layers / gpus
+                                                 + 2 * all_rows["layer"]) for gpus in (1, 2, 4, 8)}
+            fit = {gpus: max(0, int((80 * GB - rest - one["passing"]) / each) + len(few[0]))
+                   for gpus, rest in held.items()}
+            kind = f"{name} {str(dtype)[6:]}" + (" --grad_checkpoint" if recompute else "")
+            result[kind] = all_rows | {"a_question": each, "fit_80_gb": fit, "questions": n}
+            lines.append([kind, *(f"{x / GB:.2f}" for x in (whole, all_rows["trained"], all_rows["passing"])),
+                          f"{each / 1e6:.0f}", *fit.values()])
+            log(f"plan: {kind} done")
+    table([f"{n} questions, LoRA 32", "frozen GB", "trained GB", "passing GB", "MB a question",
+           *(f"fit {gpus} x 80 GB" for gpus in (1, 2, 4, 8))], lines)
+    planned = next(iter(found["passing"] for name, found in result.items() if name != "measured"))
+    print(f"measured for the first line: {result['measured'] / GB:.3f} GB pass, planned {planned / GB:.3f} GB")
+    return result
+
+
 @torch.no_grad()
 def bench_documents(args):
     """Each question is on a paragraph of its own article; the others' stand beside it, in random order."""
@@ -297,15 +386,108 @@ def bench_documents(args):
     return result
 
 
+def lingua(lm, tokenizer):
+    """LLMLingua's PromptCompressor (arXiv 2310.05736) around an LM that is loaded already: loading its own wants a
+    download, and it takes a cache for a list of pairs, as older transformers did."""
+    from llmlingua import PromptCompressor
+
+    def forward(ids, past_key_values=None, **kwargs):
+        with use_lora(lm, None):
+            out = lm(ids, past_key_values=DynamicCache(past_key_values), **kwargs)
+        return SimpleNamespace(logits=out.logits, past_key_values=[(x.keys, x.values)
+                                                                   for x in out.past_key_values.layers])
+
+    class Compressor(PromptCompressor):
+        def __init__(self):
+            self.tokenizer = self.oai_tokenizer = tokenizer
+            self.model, self.device, self.use_llmlingua2 = forward, lm.device, False
+            self.max_position_embeddings = lm.config.max_position_embeddings
+            self.cache_bos_num, self.prefix_bos_num = 10, 100
+    return Compressor()
+
+
+def lingua_items(compressor, prompt, items, M):
+    """Items whose context is the M tokens that LLMLingua leaves of it. A text is one segment: of segments of 200 it
+    leaves whole what does not fill one (its issues 73 and 196)."""
+    found = {}
+    for text in dict.fromkeys(item.example.context for item in items):
+        size = compressor.get_token_length(text, False)
+        short = compressor.compress_prompt([text], target_token=M, iterative_size=size)["compressed_prompt"]
+        found[text] = prompt.tokenize(" " + short.strip())[:M]
+    return [replace(item, context=found[item.example.context]) for item in items]
+
+
+def press_latents(wire, press, text, M):
+    """The Latents that a press of kvpress keeps of a text (T,), which the encoder's LoRA reads: M places of each head
+    (of KVzip on average), at the positions they have in the text."""
+    lm, before = wire.lm, wire.layout.before
+    ids = torch.from_numpy(np.concatenate([before, text])).long()[None].to(lm.device)
+    N, stay = ids.shape[1], len(before) + min(M, len(text))
+    press.compression_ratio = 0.0 if stay == N else 1 - (stay + 0.01) / N  # int(N (1 - ratio)) places stay
+    cache, at = DynamicCache(), "kvpress.presses.kvzip_press.AutoTokenizer.from_pretrained"
+    plain = SimpleNamespace(chat_template=None, encode=wire.prompt.tokenizer.encode)  # the text has no template
+    with use_lora(lm, "encoder"), patch(at, lambda name: plain), press(lm):
+        # kvpress 0.5 wants cache_position, which transformers no longer passes on by itself
+        lm.model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=torch.arange(N).to(lm.device))
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    held = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=lm.device)
+    return Latents(held, held.new_full((1,), N, dtype=torch.long), keys, values, place=held.cumsum(1) - 1)
+
+
+def press_answers(wire, name, items, M):
+    """The reader's answers from what a press, by its class's name, keeps of each context, not knowing the question."""
+    import kvpress
+    ALL_ATTENTION_FUNCTIONS["noted"] = _attend_and_note  # kvpress wraps all that is registered, this one wrongly
+    press, found = getattr(kvpress, name)(n_sink=len(wire.layout.before)), []
+    for item in items:
+        latents = press_latents(wire, press, item.context, M)
+        with use_lora(wire.lm, "reader"):
+            found += generate(wire.lm, wire.prompt.tokenizer, [wire.prompt.after(item)], latents).answers
+        for layer in wire.lm.model.layers:
+            layer.self_attn.masked_key_indices = None  # where KVzip says what it drops
+    return found
+
+
+@torch.no_grad()
+def bench_peers(args):
+    """F1 of the wire's own row and of the methods that leave as many tokens, or places a head, by the same reader."""
+    try:
+        import kvpress
+        import llmlingua
+    except ImportError as error:
+        raise UserError(f"peers: {error}; pip install --no-deps -r requirements-bench.txt") from None
+    saved = read_checkpoint(args.ckpt)
+    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
+    prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
+    wire, M, own = load_wire(saved, lm, prompt).eval(), int(saved.config.latents), own_row(saved.config)
+    items, result, rows = prompt.items(load_data(args.data, "dev", args.samples)), {}, []
+    row = lambda name, some=items: evaluate_row(name, lm, tokenizer, prompt, some, wire, M)["answers"]
+    contenders = {own: partial(row, own)}
+    if wire.config.wire == "kv":
+        contenders |= {name: partial(press_answers, wire, f"{name}Press", items, M)
+                       for name in ("KVzip", "ExpectedAttention", "SnapKV")}
+    else:
+        contenders["LLMLingua"] = lambda: row("text_lora", lingua_items(lingua(lm, tokenizer), prompt, items, M))
+    percent = lambda values: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (np.mean(values), *interval(values))))
+    for name, run in contenders.items():
+        f1 = np.array([f1_score(answer, item.example.answers) for answer, item in zip(run(), items)])
+        ours = f1 if name == own else ours
+        result[name] = {"f1": f1.mean(), "f1_ci95": interval(f1), "n": len(f1), "minus_own": interval(f1 - ours)}
+        rows.append([name, percent(f1), "-" if name == own else percent(f1 - ours)])
+        log(f"peers: {name} done")
+    table([f"{M} tokens or places, n = {len(items)}", "F1", f"- {own}"], rows)
+    return result
+
+
 def main(args):
-    parts = PARTS if "all" in args.parts else args.parts
+    parts = [part for part in PARTS if part != "peers"] if "all" in args.parts else args.parts
     if "all" in args.parts and not args.ckpt:
-        parts = [part for part in PARTS if part != "documents"]
-    if "documents" in parts and not args.ckpt:
-        raise UserError("documents needs a trained wire: give --ckpt")
+        parts = [part for part in parts if part not in TRAINED]
     for part in parts:
         if part not in PARTS:
             raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")
+        if part in TRAINED and not args.ckpt:
+            raise UserError(f"{part} needs a trained wire: give --ckpt")
     path = Path(args.out) / "bench.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:

@@ -524,7 +524,9 @@ class Batch:
     label: object     # (A,) the token itself,
     owner: object     # (A,) which segment of the batch it belongs to: questions come first, then continuations
     step: object      # (A,) and its index within that answer
-    size: int         # questions
+    first: object     # (Q,) which of the answer tokens are a question's first
+    size: int         # Q, the questions,
+    tokens: int       # and how many of the answer tokens are theirs: counted here, for a GPU would have to be asked
     continued: int    # continuations
     source: object = None  # Source, where an encoder reads
     document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
@@ -557,8 +559,10 @@ def pack(rows, starts=None):
         segment.append(np.concatenate(segments))
     flat = [(r, col, token, owner, k) for owner, answer in enumerate(targets[0] + targets[1])
             for r, col, token, k in answer]
+    ends = np.cumsum([0] + [len(answer) for answer in targets[0]])
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), len(targets[0]), len(targets[1]))
+                 *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), torch.from_numpy(ends[:-1]),
+                 len(targets[0]), int(ends[-1]), len(targets[1]))
 
 
 def continuations(prompt, item, count, rng, cue=4, length=20):

@@ -33,7 +33,7 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
     the teacher for the questions' tokens with batch.step < K, in the same order; needed when weights has kd."""
     weights = {name: weight for name, weight in weights.items() if weight}
     parts, size = {}, batch.size
-    n = int((batch.owner < size).sum())  # the questions' tokens come first
+    n = batch.tokens  # the questions' come first
     if "more" in weights and batch.continued:
         ce = F.cross_entropy(logits[n:].float(), batch.label[n:], reduction="none")
         parts["more"] = per_question_mean(ce, batch.owner[n:] - size, batch.continued)
@@ -46,13 +46,13 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
     if "kce" in weights:
         parts["kce"] = per_question_mean(ce[early], owner[early], size)
     if "first" in weights:
-        parts["first"] = per_question_mean(ce[step == 0], owner[step == 0], size)
+        parts["first"] = ce[batch.first].mean()
     if "kd" in weights:
         student = F.log_softmax(logits[early] / temperature, dim=-1)
         target = F.log_softmax(teacher.float() / temperature, dim=-1)
         kl = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)  # (A',)
         parts["kd"] = per_question_mean(kl, owner[early], size) * temperature ** 2
     if "entropy" in weights and size > 1:
-        p = logits[step == 0].softmax(-1).mean(0)  # (V,)
+        p = logits[batch.first].softmax(-1).mean(0)  # (V,)
         parts["entropy"] = (p * p.clamp(min=1e-30).log()).sum()  # xlogy has no gradient at 0
     return sum(weights[name] * part for name, part in parts.items()), parts

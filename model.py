@@ -211,17 +211,15 @@ class LatentWire(nn.Module):
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
         used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last
                                             or target in ("k", "v"))
-        if config.wire == "kv":
+        if config.wire == "kv" and not hasattr(lm, "turning"):
             turning_layers(lm)
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
-        with torch.no_grad():
-            some = torch.arange(min(4096, lm.config.vocab_size), device=device)
-            # Gemma scales in it
-            self.rms = embed(lm, some[None]).float().pow(2).mean().sqrt().item()
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
         if config.wire == "embeds":
-            self.adapter = Adapter(d, self.rms).to(device)
+            with torch.no_grad():  # of what the module returns: Gemma scales in it
+                some = embed(lm, torch.arange(min(4096, lm.config.vocab_size), device=device))
+            self.adapter = Adapter(d, some.float().pow(2).mean().sqrt().item()).to(device)
 
     def trainable(self):
         """{name: parameter} of what is trained."""
@@ -351,11 +349,10 @@ class LatentWire(nn.Module):
     def choose(self, latents, asks, M=None):
         """Of Latents the M (default: what the wire was trained for) that each layer needs most for asks (B, S), token
         ids with PAD right: the late choice of scope asked."""
-        held = latents.held
-        M = held.new_full((len(held),), M or max(budgets(self.config)), dtype=torch.long)
-        stays = [best(score, held, len(self.layout.before), M) for score in self.looked_at(latents, asks)]
-        N = int(stays[0][:, 0].sum(1).max())
-        return latents.chosen([ascending(stay)[..., :N] for stay in stays])
+        held, H, M = latents.held, len(self.layout.before), M or max(budgets(self.config))
+        each = torch.full((len(held),), M, device=held.device)
+        stays = [best(score, held, H, each) for score in self.looked_at(latents, asks)]
+        return latents.chosen([ascending(stay)[..., :H + M] for stay in stays])
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""
@@ -372,7 +369,8 @@ class LatentWire(nn.Module):
         themselves: exactly what they would see alone."""
         lm, ids, segment = self.lm, batch.ids, batch.segment
         embeds, S = embed(lm, ids, None if latents is None else latents.prefix), ids.shape[1]
-        if latents is None and int(segment.max()) <= 1 and not getattr(lm.config, "sliding_window", None):
+        alone = batch.size + batch.continued == len(ids)
+        if latents is None and alone and not getattr(lm.config, "sliding_window", None):
             # one segment a row and padding on the right: causal, so no mask, and the flash kernel applies
             with use_lora(lm, lora):
                 position = torch.arange(S, device=ids.device)[None]
@@ -404,8 +402,8 @@ class LatentWire(nn.Module):
             with torch.no_grad():
                 teacher_logits = self.logits(teacher, keep=teacher.step < K, lora=None)
         total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits)
-        asked = batch.owner < batch.size
-        return total, parts, (logits[asked].detach(), latents.rms() if latents else torch.zeros(()))
+        shown = {name: part.detach() for name, part in parts.items()}
+        return total, shown, (logits[:batch.tokens].detach(), latents.rms() if latents else total.new_zeros(()))
 
     forward = loss  # what DDP calls
 

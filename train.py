@@ -206,21 +206,27 @@ def load_items(config, prompt):
 # ------------------------------------------------------------------------------------------------
 # Diagnostics
 
-def first_token_stats(logits, batch, tokenizer):
-    """What the first answer tokens of a micro-batch look like: hits, probabilities, and a histogram of the winners."""
-    n = len(logits)  # the questions' tokens, which come first in the batch
-    first = batch.step[:n] == 0
-    p, label = logits[first].float().softmax(-1), batch.label[:n][first]
-    top, winners = p[:, :len(tokenizer)].topk(5, dim=-1)  # a vocabulary may be padded with ids that no text has
+def first_token_stats(logits, batch, known):
+    """What the first answer tokens of a micro-batch look like: ({name: a mean over its questions}, the most likely
+    tokens (Q,)), left on the device. known: how many of the vocabulary's ids the tokenizer has; a vocabulary may be
+    padded with ids that no text has."""
+    p, label = logits[batch.first].float().softmax(-1), batch.label[batch.first]
+    top, winners = p[:, :known].topk(5, dim=-1)
     share = top / top.sum(-1, keepdim=True)
-    words = tokenizer.convert_ids_to_tokens(winners[:, 0].tolist())
-    return {
-        "n": len(label), "hit": (winners[:, 0] == label).sum().item(),
-        "hit5": (winners == label[:, None]).any(1).sum().item(), "max": top[:, 0].sum().item(),
-        "second": top[:, 1].sum().item(), "entropy": -torch.xlogy(p, p).sum().item(),
-        "top5_entropy": -torch.xlogy(share, share).sum().item(),
-        "histogram": Counter(tokenizer.convert_tokens_to_string([word]) for word in words),
-    }
+    entropy = lambda x: -torch.xlogy(x, x).sum(-1).mean()
+    hits = winners == label[:, None]
+    return {"hit": hits[:, 0].float().mean(), "hit5": hits.any(1).float().mean(), "max": top[:, 0].mean(),
+            "second": top[:, 1].mean(), "first_entropy": entropy(p), "top5_entropy": entropy(share)}, winners[:, 0]
+
+
+def settle(window, tokenizer):
+    """What `train_step` left on the device as [(questions, {name: number}, histogram of the first tokens), ...]: all in
+    one transfer, for each one waits until a GPU has done all that it was told."""
+    numbers = iter(torch.stack([value for _, shown, _ in window for value in shown.values()]).double().tolist())
+    ids = iter(torch.cat([winners for *_, winners in window]).tolist())
+    string = lambda number: tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(number)])
+    return [(size, {name: next(numbers) for name in shown}, Counter(string(next(ids)) for _ in range(size)))
+            for size, shown, _ in window]
 
 
 def memory():
@@ -239,20 +245,18 @@ def memory():
 
 
 def diagnostics(window, config, name):
-    """One record of the steps since the last: window is a list over micro-batches of all processes of
-    (questions, loss parts, first-token statistics, latent RMS)."""
+    """One record of the steps since the last, from the settled window of all processes."""
     n = sum(size for size, *_ in window)
-    mean = lambda key: sum(stats[key] for _, _, stats, _ in window) / n
-    part = lambda key: sum(size * parts.get(key, 0.0) for size, parts, *_ in window) / n
-    histogram = sum((stats["histogram"] for _, _, stats, _ in window), Counter())
+    mean = lambda key: sum(size * shown.get(key, 0.0) for size, shown, _ in window) / n
+    histogram = sum((words for *_, words in window), Counter())
     return {
         "mode": "latent", "K": config.K, "first_weight": config.first,
         "prediction_diversity": len(histogram) / n, "dominant_predictions": histogram.most_common(5),
-        "latent_rms": sum(rms for *_, rms in window) / len(window),
+        "latent_rms": mean("rms"),
         "models": {name: {
-            "mode": "latent", **{key: part(key) for key in ("tf", "first", "kce", "kd", "more")},
-            "entropy_loss": part("entropy"),
-            "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("entropy"),
+            "mode": "latent", **{key: mean(key) for key in ("tf", "first", "kce", "kd", "more")},
+            "entropy_loss": mean("entropy"),
+            "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
             "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
                                         "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
             "prediction_histogram": dict(histogram.most_common(20))}},
@@ -553,7 +557,8 @@ def make_batch(run, rows, M, rng, progress):
 
 
 def train_step(run, progress, window):
-    """One optimizer step; adds what its micro-batches showed to the window. Returns (gradient norm, questions)."""
+    """One optimizer step; adds what its micro-batches showed to the window. Returns (gradient norm, questions). A GPU
+    is waited for once, at the norm."""
     config, step, world = run.config, run.plan[run.state.step], run.world
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
     asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
@@ -563,29 +568,29 @@ def train_step(run, progress, window):
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
             loss, parts, (logits, rms) = run.model(batch, weights, config.K, config.temperature, teacher)
             (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
-        window.append((batch.size, {key: value.item() for key, value in parts.items()},
-                       first_token_stats(logits, batch, run.tokenizer), rms.item()))
-    norm = torch.nn.utils.clip_grad_norm_(run.wire.trainable().values(), config.clip)
+        stats, winners = first_token_stats(logits, batch, len(run.tokenizer))
+        window.append((batch.size, parts | stats | {"rms": rms}, winners))
+    norm = torch.nn.utils.clip_grad_norm_(run.wire.trainable().values(), config.clip).item()
     state = run.state
-    if torch.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
+    if math.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
         run.optimizer.step()
         state.skipped_in_a_row = 0
     else:
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
-        run.note(f"step {state.step + 1}: gradient norm {norm.item()}, step skipped ({state.skipped} so far)")
+        run.note(f"step {state.step + 1}: gradient norm {norm}, step skipped ({state.skipped} so far)")
         if state.skipped_in_a_row == 10:
             raise UserError("ten steps in a row were not finite; the last good checkpoint is kept in "
                             f"{run.out}/ckpt/last. Lower --lr")
     run.optimizer.zero_grad(set_to_none=True)
-    return norm.item(), asked
+    return norm, asked
 
 
 def log_steps(run, window, norm, seconds):
     """A record of the steps since the last one, to train_diagnostics.jsonl, training.log and the bar."""
-    config, state, windows = run.config, run.state, [window]
+    config, state, windows = run.config, run.state, [settle(window, run.tokenizer)]
     if run.world > 1:
-        windows = [None] * run.world
-        dist.all_gather_object(windows, window)
+        mine, windows = windows[0], [None] * run.world
+        dist.all_gather_object(windows, mine)
     if not run.master:
         return
     record = diagnostics(sum(windows, []), config, run.name)
