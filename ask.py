@@ -207,7 +207,7 @@ def check(args, config):
 def read_document(args, wire, saved):
     """The Document of --context, encoded and, with --save, written; says what became of the text."""
     try:
-        text = Path(args.context).read_text(encoding="utf-8").strip()
+        text = Path(args.context).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--context {args.context}: cannot be read as UTF-8 text ({error})") from None
     if not text:
@@ -216,9 +216,9 @@ def read_document(args, wire, saved):
     ids = wire.prompt.items([Example("", text, "", ("",))])[0].context
     T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
     dense = bool(config.ratio) or config.scope == "asked"  # stored by ratio, not by number
-    trained = {wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}
-    if count not in trained or dense and args.latents not in (None, *budgets(config)):
-        log(f"notice: this wire was trained for --latents {config.latents}" + f" --ratio {config.ratio or 1:g}" * dense)
+    if count not in ({wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}):
+        log(f"notice: this wire was trained for " + f"--ratio {config.ratio or 1:g}" * dense
+            + f"--latents {config.latents}" * (not dense))
     document = Document(encode(wire, ids, count), before, Path(args.context).stem, ids)
     places = int(document.latents.held.sum()) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = payload_bytes(places * place_values(wire.lm, config.wire), args.format)
@@ -279,6 +279,8 @@ def main(args):
         saved.config.prompt = "chat"
     prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
     wire = (load_wire(saved, lm, prompt) if args.ckpt else LatentWire(lm, saved.config, prompt)).eval()
+    if saved.config.scope == "asked" and args.latents not in (None, *budgets(saved.config)):
+        log(f"notice: this wire was trained for questions that see --latents {saved.config.latents}")
     documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
     documents += [read_document(args, wire, saved)] if args.context else []
     together = join(wire, [document.latents for document in documents]) if documents else None

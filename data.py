@@ -87,6 +87,8 @@ def load_data(source, split="train", samples=None, seed=0):
 CONVERT = {".parquet": "pandas.read_parquet({0!r}).to_json({1!r}, orient='records', lines=True)",
            ".csv": "pandas.read_csv({0!r}).to_json({1!r}, orient='records', lines=True)",
            ".tsv": "pandas.read_csv({0!r}, sep='\\t').to_json({1!r}, orient='records', lines=True)",
+           ".xlsx": "pandas.read_excel({0!r}).to_json({1!r}, orient='records', lines=True)",
+           ".feather": "pandas.read_feather({0!r}).to_json({1!r}, orient='records', lines=True)",
            ".arrow": "datasets.Dataset.from_file({0!r}).to_json({1!r})"}
 
 
@@ -100,8 +102,9 @@ def load_squad(source, split="train"):
         raise UserError(f"--data {source} is a folder; name the .json, .json.gz or .jsonl file in it")
     if not path.exists():
         raise UserError(f"--data {source}: no such file; give a path, or one of the names squad, synthetic")
-    if path.suffix in CONVERT:
-        code = CONVERT[path.suffix].format(path.name, f"{path.stem}.jsonl")
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path  # pandas opens .gz as well
+    if plain.suffix.lower() in CONVERT:
+        code = CONVERT[plain.suffix.lower()].format(path.name, f"{plain.stem}.jsonl")
         raise UserError(f"--data {source} is not JSON; convert it: python -c \"import {code.split('.')[0]}; {code}\"")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -193,11 +196,14 @@ def _example(path, where, record):
 
 def _distinct(path, examples):
     """The same with ids that tell them apart: what has none is called by its number, and what comes twice too."""
-    seen, again = set(), 0
+    seen, again, named = set(), 0, {example.id for example in examples}
     for number, example in enumerate(examples, 1):
         if example.id in seen or not example.id:
             again += bool(example.id)
-            examples[number - 1] = replace(example, id=f"{example.id}#{number}")
+            new = f"{example.id}#{number}"
+            while new in named:  # somebody's own id may look like that
+                new += "#"
+            examples[number - 1] = replace(example, id=new)
         seen.add(example.id)
     if again:
         log(f"notice: {path.name}: {again} ids are there twice; their questions' numbers are put behind them")
@@ -217,8 +223,13 @@ def download_squad(split):
     path = CACHE / f"{split}-v1.1.json"
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may start at once
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise UserError(f"{path.parent} cannot be written ({error.strerror}); set LATENTWIRE_CACHE to a folder of "
+                        "yours, or give a local file with --data PATH") from None
     digest = hashlib.sha256()
     try:
         with urllib.request.urlopen(SQUAD_URL + path.name, timeout=30) as response, open(part, "wb") as f:
@@ -449,12 +460,20 @@ class Prompt:
             if room < 1:
                 raise UserError(f"--max_prompt_tokens {self.max_prompt_tokens} leaves no room for a context; raise it")
             if len(context) > room:
-                context = context[:room]
+                context = context[:self.word_end(context, room)]
                 self.cut += 1
                 kept = self.tokenizer.decode(context)
                 self.answers_cut += not any(gold in kept for gold in example.answers)
             items.append(Item(example, context, question, answer))
         return items
+
+    def word_end(self, ids, room):
+        """The most of `room` token ids after which a word ends, so that a number or a date is whole or not there;
+        `room` itself where no word ends for 16 tokens, as in scripts without spaces."""
+        for at in range(room, max(0, room - 16), -1):
+            if self.tokenizer.convert_ids_to_tokens(int(ids[at])).startswith(("\u0120", "\u2581", "\u010a")):
+                return at  # what comes next begins with a space or a line, as tokenizers write them
+        return room
 
     def text(self, item):
         """The whole prompt as token ids, without the anchor."""

@@ -257,18 +257,19 @@ def writable(folder):
 
 
 def provenance():
-    """What made these numbers: package versions, git commit and command line."""
+    """What makes these numbers: package versions and git commit, "-dirty" where a file is no longer as committed."""
     import platform
     import subprocess
     from importlib.metadata import version
+    git = lambda *what: subprocess.run(["git", *what], cwd=Path(__file__).parent, capture_output=True,
+                                       text=True).stdout.strip()
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = done.stdout.strip()
+        commit = git("rev-parse", "HEAD")
+        commit += "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except OSError:  # no git here
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
-    return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None,
-            "argv": sys.argv[1:]}
+    return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None}
 
 
 def data_checksum(items):
@@ -310,6 +311,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
                                   fingerprint["ratio"], args.max_new_tokens, args.batch, bar, args.format)
             place_row(metrics, row, name, result)
+            metrics.setdefault("argv", {})[row] = sys.argv[1:]
             if row == "latent":
                 describe_latents(metrics, name, result, prompt, items, wire, args.format)
             form = split_row(row)[2] or args.format
@@ -346,7 +348,7 @@ def main():
     if not config and any(ROWS[split_row(row)[0]].latents for row in rows):
         config = untrained(lm_name, args.prompt or "plain", args.max_prompt_tokens or 1024)
     wired = bool(config and config.wire != "tokens")
-    lm, tokenizer = load_lm(lm_name, dtype, "cpu" if args.shard else args.device, wired)
+    lm, tokenizer = load_lm(lm_name, "auto" if args.shard else dtype, "cpu" if args.shard else args.device, wired)
     identity = lm_identity(lm)
     prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
                     args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
@@ -356,7 +358,7 @@ def main():
         wire = LatentWire(lm, config, prompt).eval()
         wire.rarity.copy_(words_of(prompt, lm))
     if args.shard:
-        shard(wire, device)
+        shard(wire, device, dtype)
     M = args.latents or (max(budgets(config)) if config else 32)
     ratio = args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
     if config and config.scope == "asked":
@@ -370,7 +372,7 @@ def main():
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "data": data_checksum(items),
                    "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
                    "format": args.format, "max_new_tokens": args.max_new_tokens, "device": device.type,
-                   "dtype": str(dtype), "git_commit": made_by["git_commit"]}
+                   "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)
     checksum = saved.checksum if saved else "untrained"
     if config and metrics.get("ckpt_sha256") != checksum:

@@ -73,9 +73,8 @@ def call(script, *flags, timeout, world=0):
 
 
 def of_run(args):
-    """Flags that every training gets."""
-    flags = ["--lm", args.lm, "--data", args.data, *(["--device", args.device] if args.device else [])]
-    return flags + (["--eval_data", args.eval_data] if args.eval_data and args.eval_data != args.data else [])
+    """Flags that every training gets. Articles of --data pick the checkpoint, never those that measure it."""
+    return ["--lm", args.lm, "--data", args.data, *(["--device", args.device] if args.device else [])]
 
 
 # ------------------------------------------------------------------------------------------------

