@@ -128,7 +128,7 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
             reply["document"] = printable(documents[int(np.argmax(share))].title)
         elif documents[0].ids is not None:
             ids, one = documents[0].ids, [layer[b] for layer in needed]
-            share = of_tokens(together, len(ids), documents[0].before, one)
+            share = together.of_tokens(len(ids), documents[0].before, one)
             at = int(share.argmax())
             reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
         found.append(reply)
@@ -137,17 +137,6 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
 
 # ------------------------------------------------------------------------------------------------
 # Inspection
-
-def of_tokens(latents, T, before, weights=None):
-    """(T,) shares of Latents (B = 1) by the token of the text that each is: of their number, or of weights ((heads,
-    M) a layer)."""
-    share = torch.zeros(T, device=latents.held.device)
-    for layer in range(len(weights or latents.kept)):
-        token = latents.kept[layer % len(latents.kept)][0, :, before:] - before       # (heads or 1, M)
-        weight = torch.ones_like(token, dtype=torch.float) if weights is None else weights[layer]
-        share.index_add_(0, token.expand(weight.shape).flatten(), weight.flatten())
-    return (share / share.sum()).cpu()
-
 
 def inspect(wire, document, latents, question, args):
     """Print which tokens of a document (of Latents) are kept, and which of them the answer to a question rests on."""
@@ -162,7 +151,7 @@ def inspect(wire, document, latents, question, args):
         which = "the question sees in each layer"
     print(f"{len(ids)} tokens, {M} of which {which}. "
           f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
-    often = of_tokens(latents, len(ids), before)
+    often = latents.of_tokens(len(ids), before)
     shade = lambda word, n: f"\x1b[48;5;{16 + n}m\x1b[97m{word}\x1b[0m" if colour and n else word + "·+*#"[n - 1:n]
     print("".join(map(shade, words, (often / often.max() * 4.999).int().tolist())).strip() + "\n")
 
@@ -173,7 +162,7 @@ def inspect(wire, document, latents, question, args):
     print(f"answer    {printable(told.answers[0])}   (log-probability {logp:.2f})")
     print(f"          {printable(cut.answers[0])}   from the first {M} tokens of the text instead of {M} latents")
     print("\nits first token looks at the latents of")
-    share = of_tokens(latents, len(ids), before, [layer[0] for layer in needs(wire, latents, [item])])
+    share = latents.of_tokens(len(ids), before, [layer[0] for layer in needs(wire, latents, [item])])
     for t in share.topk(min(8, len(ids))).indices.tolist():
         around = ["".join(part).strip() for part in (words[max(0, t - 4):t], words[t:t + 1], words[t + 1:t + 5])]
         print(f"{share[t]:>6.1%}  {around[0]} [{around[1]}] {around[2]}")

@@ -60,10 +60,12 @@ import torch.distributed as dist
 from data import Prompt, load_data, synthetic_chance
 from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
-from rows import (ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, rows_of, split_row, summary,
-                  words_of)
+from rows import (ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, read_latents, rows_of, split_row,
+                  summary, words_of)
 from store import FORMATS, GROUP, SCALE_BITS, load_wire, payload_bytes, place_values, read_checkpoint
 
+
+SHOWN = 20  # questions of which is written down what the wire keeps
 
 # ------------------------------------------------------------------------------------------------
 # Files and table
@@ -129,7 +131,7 @@ def forget_wire(metrics, records):
         for key in list(place):
             row = key.split("@")[0]
             if row in ROWS and ROWS[row].trained or key.startswith("payload_bytes") or key in (
-                    "wire", "carried", "carried_ci95", "retention", "compression_of_all_the_lm_reads"):
+                    "wire", "carried", "carried_ci95", "retention", "compression_of_all_the_lm_reads", "kept"):
                 del place[key]
 
 
@@ -196,6 +198,14 @@ def values_sent(result, n, wire):
     """How many values the stored latents of n texts are, with those of the text before them where the wire sends it."""
     before = n * len(wire.layout.before) if wire.config.wire == "kv" else 0
     return (round(result["stored"] * n) + before) * place_values(wire.lm, wire.config.wire)
+
+
+def kept_words(wire, item, M, ratio):
+    """[[a token of the item's text, which share of its latents it is], ...]: what the wire keeps of it."""
+    latents, *_ = read_latents(ROWS["latent"], wire, [item], [item], M, ratio, "fp32")
+    ids = wire.layout.source(item)
+    share = latents.of_tokens(len(ids), len(wire.layout.before)).tolist()
+    return [[wire.prompt.tokenizer.decode([token]), round(part, 4)] for token, part in zip(ids.tolist(), share)]
 
 
 def describe_latents(metrics, name, result, prompt, items, wire, form):
@@ -314,6 +324,8 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             metrics.setdefault("argv", {})[row] = sys.argv[1:]
             if row == "latent":
                 describe_latents(metrics, name, result, prompt, items, wire, args.format)
+                for record, item in zip(records[:SHOWN], items):
+                    record["kept"] = kept_words(wire, item, fingerprint["latents"], fingerprint["ratio"])
             form = split_row(row)[2] or args.format
             if split_row(row)[0] == "latent" and not split_row(row)[1]:
                 metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {

@@ -165,6 +165,16 @@ class Latents:
         what = self.prefix if self.keys is None else torch.stack([value.detach() for value in self.values])
         return what.detach().float().pow(2).mean().sqrt()
 
+    def of_tokens(self, T, before, weights=None):
+        """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
+        ((heads, M) a layer). before: how many places stand in front of them."""
+        share = torch.zeros(T, device=self.held.device)
+        for layer in range(len(weights or self.kept)):
+            token = self.kept[layer % len(self.kept)][0, :, before:] - before         # (heads or 1, M)
+            weight = torch.ones_like(token, dtype=torch.float) if weights is None else weights[layer]
+            share.index_add_(0, token.expand(weight.shape).flatten(), weight.flatten())
+        return (share / share.sum()).cpu()
+
     def rows(self, number):
         """The Latents of the documents number (B',), in that order."""
         pick = lambda x: [y[number] for y in x] if isinstance(x, list) else None if x is None else x[number]

@@ -349,6 +349,7 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 figure { display: inline-block; margin: 1rem 1rem 0 0; background: #fff; width: min(100%, 32rem); }
 svg { max-width: 100%; height: auto; } summary { cursor: pointer; padding: .4rem 0; }
 .head { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .head b { display: block; font-size: 2rem; }
+mark { color: inherit; background: rgb(255 170 0 / calc(.45 * var(--kept))); }
 .right b { color: light-dark(#17774a, #5cc690); } .wrong b { color: light-dark(#a8322a, #f08d84); }
 """
 
@@ -379,6 +380,12 @@ def divided(record):
     return context, question.partition("\n")[0]
 
 
+def shaded(kept):
+    """A text, each of whose tokens is the darker the more of the latents are of it."""
+    most = max(share for _, share in kept)
+    return "".join(f"<mark style='--kept:{share / most:.2f}'>{html.escape(token)}</mark>" for token, share in kept)
+
+
 def prediction(run, record):
     """One question, to be opened: its context and what every row answered."""
     golds, verdict = record["golds"], ("wrong", "right")
@@ -386,6 +393,8 @@ def prediction(run, record):
     answers = [["gold", " | ".join(golds), ""], *([row, record[row], right[row]] for row in right)]
     own = run.own if run.own in right else next(iter(right))
     context, question, answer = map(html.escape, (*divided(record), record[own]))
+    if "kept" in record:
+        context = shaded(record["kept"])
     return (f"<details class={right[own]}><summary>{question} <b>{answer}</b></summary><p>{context}</p>"
             f"{html_table(['row', 'answer', ''], answers)}</details>")
 
@@ -436,7 +445,8 @@ def page(runs):
             body += ["<h2>Ten questions</h2>", html_table(*ten_answers(run, whole))]
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
         body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
-        body += ["<h2>Predictions</h2>", FILTER, *(prediction(run, record) for record in whole)]
+        body += ["<h2>Predictions</h2>", "<p>Opened, the first of them show their text, each word the darker the more "
+                 "of the latents are of it.</p>" * ("kept" in str(whole[:1])), FILTER, *(prediction(run, record) for record in whole)]
         body += ["<h2>Configuration</h2>", html_table(["flag", "value"], list(run.config.items()))]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<link rel=icon href='data:,'><title>{title}</title><style>{STYLE}</style><main>{''.join(body)}</main>"

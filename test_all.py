@@ -508,6 +508,10 @@ def test_a_vocabulary_may_be_larger_than_its_tokenizer():
     lm.lm_head.weight[49_201] = -lm.lm_head.weight[49_200]
     rows = [prompt_ids for prompt_ids in torch.arange(10, 30).view(2, 10).numpy()]
     assert all(max(ids) < 49_152 for ids in generate(lm, tokenizer, rows, max_new_tokens=3).ids if ids)
+    wire, prompt, items = wire_of(lm, tokenizer)
+    answer = lambda items: evaluate_row("anchor", lm, tokenizer, prompt, items, wire, max_new_tokens=2)
+    said = [replace(item, answer=np.array([*ids[:1], 2])) for item, ids in zip(items, answer(items)["ids"]) if ids]
+    assert said and answer(said)["first_token_top1"] == 1
     logits = torch.zeros(1, 49_216)
     logits[0, 49_200], logits[0, 500] = 9.0, 5.0
     stats, winners = train.first_token_stats(logits, hand_batch([0], [0], [500], 1), len(tokenizer))
@@ -1154,6 +1158,11 @@ def note_size(path, run, stopped):
     Path(f"{path}{run.rank}").write_text(str(sum(p.numel() for p in frozen)))
 
 
+def note_dev(path, name, lm, tokenizer, prompt, items, wire):
+    """Write down how many questions of the dev slice a process answers."""
+    Path(f"{path}dev{os.environ['RANK']}").write_text(str(len(items)))
+
+
 def equal(*folders, atol=0.0):
     """Whether two runs have trained the same weights."""
     a, b = (load_file(folder / "ckpt" / "last" / "model.safetensors") for folder in folders)
@@ -1409,6 +1418,7 @@ def test_selective_reads_each_text_once(tiny, monkeypatch, shard, passes):
     ("eval --mode text_lora", "python train.py --preset demo"),
     ("eval --mode text --data nowhere.json", "nowhere.json: no such file"),
     ("eval --mode text --ckpt nowhere", "no checkpoint there"),
+    ("eval --mode text --max_prompt_tokens 9999", "--max_prompt_tokens 9999 is more than the 2048 positions of"),
     ("eval --mode text --upper nowhere", "--upper nowhere: no evaluated run there"),
     ("eval --mode adapter --ckpt TRAINED", "--mode adapter needs another wire than this one of --wire kv"),
 ])
@@ -1484,7 +1494,8 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
 def test_several_processes_equal_one(tiny, tmp_path, scope):
     """Two gloo processes, each with the whole frozen LM or with half of it, train and answer what one does."""
     flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "80", "--lr", "1e-3"]
-    note = lambda name: [partial(before, "train.finish", 1, partial(note_size, tmp_path / name))]
+    note = lambda name: [partial(before, "train.finish", 1, partial(note_size, tmp_path / name)),
+                         partial(before, "train.evaluate_row", 1, partial(note_dev, tmp_path / name))]
     launch(*flags, "--out", tmp_path / "one")
     flags.append("--grad_checkpoint")
     launch(*flags, "--out", tmp_path / "again")
@@ -1502,6 +1513,8 @@ def test_several_processes_equal_one(tiny, tmp_path, scope):
             assert x["prediction_histogram"] == y["prediction_histogram"]
     whole, *others, half = (read_json(tmp_path / name) for name in ("two0", "two1", "shard0", "shard1"))
     assert others == [whole, half] and half == pytest.approx(whole / 2, rel=0.01)
+    answered = [read_json(tmp_path / f"{name}dev{rank}") for name in ("two", "shard") for rank in (0, 1)]
+    assert answered == [3, 3, 6, 6]  # a share each; of a sharded LM all
     asked = ["eval", "--mode", "text,latent,matched_lora", "--ckpt", tmp_path / "shard" / "ckpt" / "best", *ASK]
     launch(*asked, "--out", tmp_path / "a")
     assert launch(*asked, "--shard", "--out", tmp_path / "b", world=2)[0].count("written to") == 1
@@ -1613,7 +1626,10 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     assert "notice: adapter are left out: --wire kv has none" in said.stderr
     launch("eval", "--mode", "latent@4,latent@int4", "--ckpt", best, *ASK, "--out", tmp_path / "a")
     (metrics, records), own = read("a"), ["latent@4", "latent@int4", *rows.rows_of(WireConfig())]
-    assert len(records) == 12 and {"id", "prompt", "golds", *own} == records[0].keys()  # the first call's are kept
+    assert len(records) == 12 and {"id", "prompt", "golds", "kept", *own} == records[0].keys()  # the first call's are kept
+    for record in records:  # all of a text, and shares that are a whole
+        tokens, shares = zip(*record["kept"])
+        assert "".join(tokens).strip() in record["prompt"] and sum(shares) == pytest.approx(1, abs=0.02)
     for row in ("text", "latent", "latent@int4"):
         assert metrics[row]["tiny"]["f1"] == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]))
     assert metrics["embedding_baselines"]["raw"]["metrics"]["tiny"]["f1"] == metrics["text"]["tiny"]["f1"]
@@ -1653,7 +1669,7 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     launch("eval", "--mode", "truncated_lora", "--ckpt", trained / "ckpt" / "last", *ASK, "--out", tmp_path / "b")
     metrics, records = read("b")
     assert {"truncated_lora", "text"} < records[0].keys()
-    assert not {"latent", "text_lora", "carried"} & {*records[0], *metrics}
+    assert not {"latent", "text_lora", "carried", "kept"} & {*records[0], *metrics}
     _, said = launch("eval", "--mode", "text", "--lm", tiny, *ASK, "--samples", "4", "--out", tmp_path / "b")
     assert re.search("is of another data, .*; it is replaced", said) and "matched" not in read("b")[0]
 
@@ -2036,10 +2052,10 @@ def test_shares_of_tokens(files, changes):
     for layer in document.kept:
         for head in layer[0]:
             counted[head[H:] - H] += 1
-    assert torch.allclose(ask.of_tokens(document, T, H), counted / counted.sum()) and counted.max() <= 4 * heads
+    assert torch.allclose(document.of_tokens(T, H), counted / counted.sum()) and counted.max() <= 4 * heads
     weights = [torch.zeros(2, document.held.shape[1] - H) for _ in range(4)]
     weights[2][1, 3], weights[3][0, 5] = 3.0, 1.0
-    share = ask.of_tokens(document, T, H, weights)
+    share = document.of_tokens(T, H, weights)
     at = lambda layer, head, m: document.kept[layer % len(document.kept)][0, head % heads, H + m] - H
     assert share.sum() == 1 and share[at(2, 1, 3)] >= 0.75 and share[at(3, 0, 5)] >= 0.25
 
@@ -2137,6 +2153,7 @@ def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
                "latent_len": 8, "device": "cpu", "wire": {"latent_bytes": {"fp16": 400}}, **found, **more}
     records = [{"id": str(n), "prompt": "Context: c\nQuestion: q?", "golds": ["x y"], **dict.fromkeys(f1s, text)}
                for n, text in enumerate(said)]
+    records[0]["kept"] = [["Context", 0.7], [": <c", 0.3]]
     write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
     write_atomic(folder / "eval/predictions.jsonl", "\n".join(map(json.dumps, records)))
     return folder
@@ -2176,21 +2193,41 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.mark.skipif(not BROWSER, reason="no browser here: install chromium")
 def test_the_page_works_in_a_browser(tmp_path):
-    """At a phone's width nothing but tables scrolls sideways; the filter takes keys; no request leaves the page."""
+    """At a phone's width nothing but tables scrolls sideways; the filter takes keys; no request leaves the page; text
+    stands out from what is behind it, light and dark (WCAG 2.2: 4.5 to 1), and what is kept by as much as it is."""
     page = report.page([report.Run(fake_run(tmp_path / "r", {"text": 0.8, "latent": 0.6}))])
-    frame = f"""<iframe srcdoc="{html.escape(page)}" width=390 height=800></iframe><script>
+    frame = rf"""<iframe srcdoc="{html.escape(page)}" width=390 height=800></iframe><script>
     addEventListener('load', () => {{
       const inner = frames[0], d = inner.document, word = d.getElementById('word');
       word.value = '<B>Z'; word.dispatchEvent(new inner.Event('input'));
       const shown = d.getElementById('count').textContent, tab = d.querySelector('summary').tabIndex;
       const requests = inner.performance.getEntriesByType('resource').length;
-      document.body.dataset.said = [inner.innerWidth, d.documentElement.scrollWidth, shown, tab, requests].join('|');
+      const rgb = text => text.match(/[\d.]+/g).map(Number), style = e => inner.getComputedStyle(e);
+      const linear = v => v / 255 <= .04045 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
+      const light = c => .2126 * linear(c[0]) + .7152 * linear(c[1]) + .0722 * linear(c[2]);
+      const probe = d.createElement('div'), contrasts = [];
+      d.body.append(probe);
+      probe.style.background = 'Canvas';
+      for (const scheme of ['light', 'dark']) {{
+        d.documentElement.style.colorScheme = scheme;
+        const canvas = rgb(style(probe).backgroundColor);
+        for (const e of d.querySelectorAll('td, summary, summary b, mark, .head b, p')) {{
+          const [r, g, b, alpha = 1] = rgb(style(e).backgroundColor);
+          const behind = [r, g, b].map((v, i) => alpha * v + (1 - alpha) * canvas[i]);
+          const two = [light(rgb(style(e).color)), light(behind)].sort((x, y) => y - x);
+          contrasts.push((two[0] + .05) / (two[1] + .05));
+        }}
+      }}
+      const kept = [...d.querySelectorAll('mark')].map(e => rgb(style(e).backgroundColor)[3].toFixed(2)).join();
+      document.body.dataset.said = [inner.innerWidth, d.documentElement.scrollWidth, shown, tab, requests,
+                                    Math.min(...contrasts), kept].join('|');
     }})</script>"""
     (tmp_path / "page.html").write_text(frame, encoding="utf-8")
     done = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                            f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=300)
-    width, scrolls, shown, tab, requests = re.search('data-said="([^"]*)"', done.stdout)[1].split("|")
-    assert int(scrolls) <= int(width) == 390 and (shown, tab, requests) == ("1 of 2", "0", "0")
+    width, scrolls, *said, contrast, kept = re.search('data-said="([^"]*)"', done.stdout)[1].split("|")
+    assert int(scrolls) <= int(width) == 390 and said == ["1 of 2", "0", "0"]
+    assert float(contrast) >= 4.5 and kept == "0.45,0.19"
 
 
 def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
@@ -2315,7 +2352,8 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
             fake_run(folder, dict.fromkeys(given["--mode"].split(","), 0.5), ["x y", "x" if whole else "z"],
                      samples=given["--samples"], dataset=given["--data"])
     monkeypatch.setattr(ablate, "call", call)
-    given = ["--cells", "base,elastic,tokens all", "--out", str(tmp_path)]
+    (tmp_path / "dev.jsonl").write_text("1")
+    given = ["--cells", "base,elastic,tokens all", "--out", str(tmp_path), "--eval_data", str(tmp_path / "dev.jsonl")]
     begin = lambda *more: ablate.main(ablate.parse_args([*given, *more]))
     begin()
     begin()  # finds everything done
@@ -2328,6 +2366,9 @@ def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
     assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
     with pytest.raises(UserError, match="base was trained with another --data"):
         begin("--data", "synthetic")
+    (tmp_path / "dev.jsonl").write_text("2")
+    with pytest.raises(UserError, match="dev.jsonl has changed since --out"):
+        begin()
 
 
 # ------------------------------------------------------------------------------------------------
