@@ -26,7 +26,7 @@ CELLS = {  # name: what train.py gets beside the recipe
     "continuations": "--continue 3", "frozen encoder": "--encoder_rank 0", "rank 16": "--encoder_rank 16",
     "ramp 0.3": "--ramp 0.3", "kd 0.5": "--kd 0.5", "first 0": "--first 0", "first 3": "--first 3",
     "entropy 0.5": "--entropy 0.5",
-    "lr 2x": "--lr 1e-3", "lr 0.5x": "--lr 2.5e-4",
+    "lr 2x": "--lr 2e-3", "lr 0.5x": "--lr 5e-4",
 }
 
 

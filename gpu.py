@@ -51,7 +51,7 @@ from lm import embed, head, load_lm, pick_device
 from model import LatentWire, WireConfig
 
 RECIPE = ["--preset", "squad", "--samples", "20000", "--epochs", "20", "--batch", "256", "--lora_rank", "32",
-          "--lr", "1e-3", "--eval_every", "0", "--log_every", "5"]
+          "--eval_every", "0", "--log_every", "5"]
 
 
 def call(script, *flags, timeout, world=0):

@@ -52,6 +52,7 @@ def pick_device(name=None):
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it is chosen, and plans anew for every shape
     bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)  # T4 and V100 emulate
     why = "the GPU has bf16" if bf16 else "exact, and on CPUs the fastest" if name == "cpu" else "this GPU has no bf16"
     return torch.device(name), torch.bfloat16 if bf16 else torch.float32, why

@@ -61,7 +61,7 @@ class Config(WireConfig):
                                 "--continue")
     ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then "
                               "the compression")
-    lr: float = option(5e-4, "peak learning rate")
+    lr: float = option(1e-3, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
     clip: float = option(1.0, "gradient norm is clipped to this")
