@@ -437,7 +437,6 @@ def press_latents(wire, press, text, M):
 def press_answers(wire, name, items, M):
     """The reader's answers from what a press, by its class's name, keeps of each context, not knowing the question."""
     import kvpress
-    ALL_ATTENTION_FUNCTIONS["noted"] = _attend_and_note  # kvpress wraps all that is registered, this one wrongly
     press, found = getattr(kvpress, name)(n_sink=len(wire.layout.before)), []
     for item in items:
         latents = press_latents(wire, press, item.context, M)
@@ -456,6 +455,7 @@ def bench_peers(args):
         import llmlingua
     except ImportError as error:
         raise UserError(f"peers: {error}; pip install --no-deps -r requirements-bench.txt") from None
+    ALL_ATTENTION_FUNCTIONS["noted"] = _attend_and_note  # kvpress wraps all that is registered, this one wrongly
     saved = read_checkpoint(args.ckpt)
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
@@ -465,7 +465,7 @@ def bench_peers(args):
     contenders = {own: partial(row, own)}
     if wire.config.wire == "kv":
         contenders |= {name: partial(press_answers, wire, f"{name}Press", items, M)
-                       for name in ("KVzip", "ExpectedAttention", "SnapKV")}
+                       for name in ("KVzip", "ExpectedAttention")}
     else:
         contenders["LLMLingua"] = lambda: row("text_lora", lingua_items(lingua(lm, tokenizer), prompt, items, M))
     percent = lambda values: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (np.mean(values), *interval(values))))
