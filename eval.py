@@ -339,6 +339,24 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
     return comparison
 
 
+def say(args, title, metrics, items, comparison):
+    """Print the table and what it says, or with --json all of metrics.json."""
+    lines = [title, table(metrics, metrics["lm"])]
+    if args.data == "synthetic":
+        chance = synthetic_chance([item.example for item in items])
+        lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
+    print(json.dumps(metrics, indent=2) if args.json else "\n".join([*lines, *comparison]))
+
+
+def how_many(args, config):
+    """(M, tokens per latent or None) that the rows are answered at: what is asked for, else what the wire was trained
+    for."""
+    M = args.latents or (max(budgets(config)) if config else 32)
+    if config and config.scope == "asked":
+        return M, args.ratio or config.ratio or 1.0
+    return M, args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
+
+
 def main():
     for option in ("samples", "batch", "max_new_tokens", "latents", "ratio"):
         if (value := getattr(args, option)) is not None and value < 1:
@@ -371,10 +389,7 @@ def main():
         wire.rarity.copy_(words_of(prompt, lm))
     if args.shard:
         shard(wire, device, dtype)
-    M = args.latents or (max(budgets(config)) if config else 32)
-    ratio = args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
-    if config and config.scope == "asked":
-        ratio = args.ratio or config.ratio or 1.0
+    M, ratio = how_many(args, config)
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
     name = Path(lm.name).name
@@ -395,14 +410,10 @@ def main():
                            "golds": list(item.example.answers)}
                           for item in items]
     comparison = evaluate(args, rows, lm, prompt, wire, items, metrics, records, out)
-    size = f"M = T / {ratio:g}" if ratio and not (config and config.scope == "asked") else f"M = {M}"
-    lines = [f"\n{name}, {args.data}, n = {len(items)}, prompt {prompt.style}, {size}", table(metrics, name)]
-    if args.data == "synthetic":
-        chance = synthetic_chance([item.example for item in items])
-        lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
     if first_process():
-        lines += [*comparison, f"written to {out / 'eval'}"]
-        print(json.dumps(metrics, indent=2) if args.json else "\n".join(lines))
+        size = f"M = T / {ratio:g}" if ratio and not (config and config.scope == "asked") else f"M = {M}"
+        say(args, f"\n{name}, {args.data}, n = {len(items)}, prompt {prompt.style}, {size}", metrics, items, comparison)
+        log(f"written to {out / 'eval'}")
     if args.shard:
         dist.destroy_process_group()
 

@@ -69,7 +69,7 @@ def cells(run, row, first):
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     return {
-        "Run": re.sub(r"^[\d-]+_smollm2_squad_", "", run.name), "Row": row,
+        "Run": re.sub(r"^[\d-]+_smollm2_squad_", "", run.name) if about.trained else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
         "Questions trained on": f"{best.get('samples_seen', 0):,}" if about.trained else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),

@@ -504,14 +504,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
     plan = Plan(config, items, micro)
     wire.count_words([items[group[0]].context for group in plan.groups], [item.question for item in items])
 
-    # resume
-    state = State()
+    state = restore(config, wire, optimizer) if found else State()
     if found:
-        saved = read_last_good(last)
-        check_resume(config, saved, lm, Path(config.out) / "config.json")
-        load_trained(wire, saved.folder)
-        restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
-        state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
         log(f"resuming {config.out} at step {state.step} of {len(plan)}")
     if world > 1:
         steps = [None] * world
@@ -534,15 +528,29 @@ def set_up(config, rank, world, device, dtype, why, stack):
     autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
     run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state,
               bar, Path(lm.name).name, [])
-    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
-    run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} "
-             "process(es)")
-    run.note(f"wire {config.wire}, scope {config.scope}; trainable {sum(p.numel() for p in trainable.values()):,}, "
-             f"frozen {frozen:,}")
-    run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of "
-             f"{config.batch} questions, micro-batches of {micro}"
-             + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
+    introduce(run, dtype, why)
     return run
+
+
+def introduce(run, dtype, why):
+    """The first lines of a run's log: what trains on what, and how the work is split."""
+    config, plan = run.config, run.plan
+    count = lambda wanted: sum(p.numel() for p in run.wire.parameters() if p.requires_grad == wanted)
+    run.note(f"{run.name} on {run.device} in {dtype} ({why}), attention {run.lm.config._attn_implementation}, "
+             f"{run.world} process(es)")
+    run.note(f"wire {config.wire}, scope {config.scope}; trainable {count(True):,}, frozen {count(False):,}")
+    run.note(f"{len(run.items)} questions on {len(plan.groups)} contexts, {len(run.dev)} dev; {len(plan)} steps of "
+             f"{config.batch} questions, micro-batches of {plan.micro}"
+             + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
+
+
+def restore(config, wire, optimizer):
+    """Put what ckpt/last holds into wire and optimizer; returns the State."""
+    saved = read_last_good(Path(config.out) / "ckpt" / "last")
+    check_resume(config, saved, wire.lm, Path(config.out) / "config.json")
+    load_trained(wire, saved.folder)
+    restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
+    return State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
 
 
 def begin_files(config, step):
