@@ -446,7 +446,8 @@ def page(runs):
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
         body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
         body += ["<h2>Predictions</h2>", "<p>Opened, the first of them show their text, each word the darker the more "
-                 "of the latents are of it.</p>" * ("kept" in str(whole[:1])), FILTER, *(prediction(run, record) for record in whole)]
+                 "of the latents are of it.</p>" * ("kept" in str(whole[:1])), FILTER,
+                 *(prediction(run, record) for record in whole)]
         body += ["<h2>Configuration</h2>", html_table(["flag", "value"], list(run.config.items()))]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
             f"<link rel=icon href='data:,'><title>{title}</title><style>{STYLE}</style><main>{''.join(body)}</main>"

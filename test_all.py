@@ -1630,7 +1630,8 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     assert "notice: adapter are left out: --wire kv has none" in said.stderr
     launch("eval", "--mode", "latent@4,latent@int4", "--ckpt", best, *ASK, "--out", tmp_path / "a")
     (metrics, records), own = read("a"), ["latent@4", "latent@int4", *rows.rows_of(WireConfig())]
-    assert len(records) == 12 and {"id", "prompt", "golds", "kept", *own} == records[0].keys()  # the first call's are kept
+    assert len(records) == 12  # the first call's are kept
+    assert {"id", "prompt", "golds", "kept", *own} == records[0].keys()
     for record in records:  # all of a text, and shares that are a whole
         tokens, shares = zip(*record["kept"])
         assert "".join(tokens).strip() in record["prompt"] and sum(shares) == pytest.approx(1, abs=0.02)
