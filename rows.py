@@ -78,10 +78,11 @@ def split_row(name):
     """"latent@16" -> ("latent", 16, None), "latent@int8" -> ("latent", None, "int8"), "text" -> ("text", None, None).
     Raises UserError for a name that is no row."""
     row, at, own = name.partition("@")
-    fits = own in FORMATS or own.isdigit() and int(own) > 0
-    if row not in ROWS or at and not (ROWS[row].latents in ("own", "other") and fits):
-        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 for another M, "
-                        "latent@int8 for another format")
+    sent = row in ROWS and ROWS[row].latents in ("own", "other")
+    fits = sent and own in FORMATS or row in ROWS and (sent or ROWS[row].keep) and own.isdigit() and int(own) > 0
+    if row not in ROWS or at and not fits:
+        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 or truncated@16 for "
+                        "another M, latent@int8 for another format")
     return row, int(own) if own.isdigit() else None, own if own in FORMATS else None
 
 

@@ -898,7 +898,8 @@ def test_a_row_depends_on_its_own_questions_and_its_budget_alone(tiny):
 
 def test_names_of_rows():
     assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
-    for name in ("magic", "text@4", "latent@0", "latent@x", "latent@", "adapter@4", ""):
+    assert split_row("truncated_lora@8") == ("truncated_lora", 8, None)
+    for name in ("magic", "text@4", "matched@int8", "latent@0", "latent@x", "latent@", "adapter@4", ""):
         with pytest.raises(UserError, match=f"--mode {name} is unknown; there are text, raw"):
             split_row(name)
     lacks = [set(ROWS) - set(rows_of(WireConfig(wire=wire))) for wire in ("kv", "embeds", "tokens")]
