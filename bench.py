@@ -67,7 +67,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ask import replies
 from data import Example, Prompt, Source, group_by_context, load_data
 from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
-from model import Latents, LatentWire, WireConfig
+from model import Latents, LatentWire, WireConfig, budgets
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
@@ -127,9 +127,9 @@ class Meter(TorchDispatchMode):
         self.now -= count
 
 
-def peak_bytes(run):
-    """Bytes of tensors that a run needs on top of what is held before it."""
-    if torch.cuda.is_available():
+def peak_bytes(run, device):
+    """Bytes of tensors that a run on a device needs on top of what is held before it."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
@@ -191,7 +191,7 @@ def bench_train(args):
     for keep in ("truncated", "all"):
         contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)
     times, n = side_by_side(contenders, args.repeats), len(alone)
-    peaks = {name: peak_bytes(run) for name, run in contenders.items()}
+    peaks = {name: peak_bytes(run, wire.rarity.device) for name, run in contenders.items()}
     table([f"{n} questions a step", "questions/s", "of kv", "peak MB of tensors"],
           [[name, f"{n / taken:.2f}", f"{times['kv'] / taken:.2f}x", f"{peaks[name] / 1e6:.0f}"] for name,
            taken in times.items()])
@@ -324,7 +324,7 @@ def bench_plan(args):
     rows, lm, GB, result, lines = questions_of(args, items), wire.lm, 1e9, {}, []
     step, few, n = step_of(wire, rows), rows[:1], sum(map(len, rows))
     step()  # so that Adam's state is there
-    result["measured"] = peak_bytes(step)
+    result["measured"] = peak_bytes(step, wire.rarity.device)
     for name, config, dtype in ((args.lm, lm.config, lm.dtype), (args.lm, lm.config, torch.bfloat16),
                                 ("Llama-3.1-8B", LlamaConfig(**LLAMA_8B), torch.bfloat16)):
         for recompute in (False, True):
@@ -334,15 +334,15 @@ def bench_plan(args):
             whole, layers = all_rows["frozen"], config.num_hidden_layers * all_rows["layer"]
             held = {gpus: all_rows["trained"] + (whole if gpus == 1 else whole - layers + layers / gpus
                                                  + 2 * all_rows["layer"]) for gpus in (1, 2, 4, 8)}
-            fit = {gpus: max(0, int((80 * GB - rest - one["passing"]) / each) + len(few[0]))
-                   for gpus, rest in held.items()}
+            room = {gpus: 80 * GB - rest - one["passing"] for gpus, rest in held.items()}
+            fit = {gpus: int(left / each) + len(few[0]) if left >= 0 else 0 for gpus, left in room.items()}
             kind = f"{name} {str(dtype)[6:]}" + (" --grad_checkpoint" if recompute else "")
             result[kind] = all_rows | {"a_question": each, "fit_80_gb": fit, "questions": n}
             lines.append([kind, *(f"{x / GB:.2f}" for x in (whole, all_rows["trained"], all_rows["passing"])),
                           f"{each / 1e6:.0f}", *fit.values()])
             log(f"plan: {kind} done")
     table([f"{n} questions, LoRA 32", "frozen GB", "trained GB", "passing GB", "MB a question",
-           *(f"fit {gpus} x 80 GB" for gpus in (1, 2, 4, 8))], lines)
+           *(f"fit each of {gpus} x 80 GB" for gpus in (1, 2, 4, 8))], lines)
     planned = next(iter(found["passing"] for name, found in result.items() if name != "measured"))
     print(f"measured for the first line: {result['measured'] / GB:.3f} GB pass, planned {planned / GB:.3f} GB")
     return result
@@ -410,16 +410,17 @@ def lingua_items(compressor, prompt, items, M):
     """Items whose context is the M tokens that LLMLingua leaves of it. A text is one segment: of segments of 200 it
     leaves whole what does not fill one (its issues 73 and 196)."""
     found = {}
-    for text in dict.fromkeys(item.example.context for item in items):
+    texts = [prompt.tokenizer.decode(item.context).strip() for item in items]  # as far as they are read
+    for text in dict.fromkeys(texts):
         size = compressor.get_token_length(text, False)
         short = compressor.compress_prompt([text], target_token=M, iterative_size=size)["compressed_prompt"]
         found[text] = prompt.tokenize(" " + short.strip())[:M]
-    return [replace(item, context=found[item.example.context]) for item in items]
+    return [replace(item, context=found[text]) for item, text in zip(items, texts)]
 
 
 def press_latents(wire, press, text, M):
-    """The Latents that a press of kvpress keeps of a text (T,), which the encoder's LoRA reads: M places of each head
-    (of KVzip on average), at the positions they have in the text."""
+    """The Latents that a press of kvpress keeps of a text (T,), which the encoder's LoRA reads (for KVzip twice): M
+    places of each head (of KVzip on average), as far from the question as they are in the text."""
     lm, before = wire.lm, wire.layout.before
     ids = torch.from_numpy(np.concatenate([before, text])).long()[None].to(lm.device)
     N, stay = ids.shape[1], len(before) + min(M, len(text))
@@ -449,7 +450,8 @@ def press_answers(wire, name, items, M):
 
 @torch.no_grad()
 def bench_peers(args):
-    """F1 of the wire's own row and of the methods that leave as many tokens, or places a head, by the same reader."""
+    """F1 of the wire's own row and of the methods that leave as many tokens, or places a head, by the same reader,
+    which was trained on what its own row reads."""
     try:
         import kvpress
         import llmlingua
@@ -457,9 +459,13 @@ def bench_peers(args):
         raise UserError(f"peers: {error}; pip install --no-deps -r requirements-bench.txt") from None
     ALL_ATTENTION_FUNCTIONS["noted"] = _attend_and_note  # kvpress wraps all that is registered, this one wrongly
     saved = read_checkpoint(args.ckpt)
-    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
-    prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
-    wire, M, own = load_wire(saved, lm, prompt).eval(), int(saved.config.latents), own_row(saved.config)
+    config = saved.config
+    if config.scope != "context" or config.ratio or config.wire == "embeds" or own_row(config) == "text_lora":
+        raise UserError(f"peers needs a wire of scope context that keeps M places or tokens; this is --wire "
+                        f"{config.wire} --keep {config.keep} --scope {config.scope} --ratio {config.ratio:g}")
+    lm, tokenizer = load_lm(config.lm, device=args.device, wired=True)
+    prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
+    wire, M, own = load_wire(saved, lm, prompt).eval(), max(budgets(config)), own_row(config)
     items, result, rows = prompt.items(load_data(args.data, "dev", args.samples)), {}, []
     row = lambda name, some=items: evaluate_row(name, lm, tokenizer, prompt, some, wire, M)["answers"]
     contenders = {own: partial(row, own)}
@@ -480,14 +486,13 @@ def bench_peers(args):
 
 
 def main(args):
-    parts = [part for part in PARTS if part != "peers"] if "all" in args.parts else args.parts
-    if "all" in args.parts and not args.ckpt:
-        parts = [part for part in parts if part not in TRAINED]
-    for part in parts:
-        if part not in PARTS:
+    for part in args.parts:
+        if part not in (*PARTS, "all"):
             raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")
         if part in TRAINED and not args.ckpt:
             raise UserError(f"{part} needs a trained wire: give --ckpt")
+    parts = [part for part in PARTS if part in args.parts or "all" in args.parts and part != "peers"
+             and (args.ckpt or part not in TRAINED)]
     path = Path(args.out) / "bench.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for part in parts:

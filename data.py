@@ -102,12 +102,12 @@ def load_squad(source, split="train"):
         raise UserError(f"--data {source} is a folder; name the .json, .json.gz or .jsonl file in it")
     if not path.exists():
         raise UserError(f"--data {source}: no such file; give a path, or one of the names squad, synthetic")
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path  # pandas opens .gz as well
+    plain = path.with_suffix("") if path.name.lower().endswith(("csv.gz", "tsv.gz")) else path  # pandas opens these
     if plain.suffix.lower() in CONVERT:
         code = CONVERT[plain.suffix.lower()].format(path.name, f"{plain.stem}.jsonl")
         raise UserError(f"--data {source} is not JSON; convert it: python -c \"import {code.split('.')[0]}; {code}\"")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
             text = f.read()
     except EOFError:
         raise UserError(f"{path} is a truncated gzip file; copy or download it again") from None

