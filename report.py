@@ -423,7 +423,7 @@ def ten_answers(run, whole):
     known = [row for row in run.rows if row in whole[0]]
     texts = [row for row in ("text_lora", "anchor", "text") if row in known][:1]
     rivals = sorted((row for row in known if ROWS[split_row(row)[0]].keep), key=lambda row: -run.rows[row][0]["f1"])
-    shown = list(dict.fromkeys([*texts, *rivals[:1], *[row for row in [run.own] if row in known]]))
+    shown = list(dict.fromkeys([*texts, *rivals[:1], *[row for row in [run.own] if row in known]])) or known[-1:]
     tick = lambda record, row: "\u2713 " if exact_match(record[row], record["golds"]) else "\u2717 "
     return ["question", "gold", *shown], [
         [divided(record)[1], record["golds"][0], *(tick(record, row) + record[row] for row in shown)]
