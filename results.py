@@ -44,7 +44,7 @@ def train_command(config):
     if other := {preset} - PRESETS.keys() or config.keys() - usual.keys():
         raise UserError(f"a run with {', '.join(sorted(other))} is of another version: its command is not today's; "
                         "write table: in place of runs:")
-    idle = {"preset", "out", "resume", "device", "log_every", "save_every"}  # change nothing of what is trained
+    idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
     flags = [f"--{name} {shown(value)}" for name, value in config.items()
              if name not in idle and value != usual[name]]
