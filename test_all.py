@@ -1459,7 +1459,8 @@ def test_interrupted_anywhere_ends_the_same(tiny, trained, tmp_path):
             ("train.log_steps", 2, half, -9, "at step 4 of"),     # in the middle of a line of it
             ("train.write_atomic", 2, KILL, -9, "at step 4 of"),  # among the files with which a run begins
             ("train.log_steps", 1, TERM, 0, saved.format(5)),
-            ("train.log_steps", 2, "kill -INT $PPID", 130, saved.format(7)),
+            ("model.wire_loss", 3, TERM, 0, saved.format(6)),      # in the middle of step 7
+            ("train.log_steps", 1, "kill -INT $PPID", 130, saved.format(7)),
             ("train._Watch.update", 1, TERM, 0, saved.format(8)),  # while the dev slice is being answered,
             ("train._Watch.update", 3, "kill -USR1 $PPID", 0, saved.format(last)),  # the last time, too
             ("train.evaluate", 1, KILL, -9, f"at step {last} of"),

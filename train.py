@@ -596,11 +596,15 @@ def make_batch(run, rows, M, rng, progress):
 
 def train_step(run, progress, window):
     """One optimizer step; adds what its micro-batches showed to the window, left on the device (`settle`). Returns
-    (gradient norm, questions)."""
+    (gradient norm, questions), or None where a signal ended it: a step may take longer than the 30 s that torchrun
+    waits. Several processes, whose steps are shorter, go on to its end, for none may leave the others alone."""
     config, step, world = run.config, run.plan[run.state.step], run.world
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
     asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
     for i, (rows, M, rng) in enumerate(mine):
+        if run.stopping and world == 1:
+            run.optimizer.zero_grad(set_to_none=True)
+            return None
         batch, teacher = make_batch(run, rows, M, rng, progress)
         # Gradients travel once a step, with the last micro-batch.
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
@@ -734,7 +738,11 @@ def train(config, rank, world, device, dtype, why, stack):
     while progress < 1 and not stop:
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
-        norm, asked = train_step(run, progress, window)
+        done = train_step(run, progress, window)
+        if done is None:
+            stop = True
+            break
+        norm, asked = done
         state.step, state.seen, state.finished = state.step + 1, state.seen + asked, False
         if config.minutes and progress:  # the steps that there is time for, so that the bar's ETA is the run's
             run.bar.total = max(state.step, round((state.step - 1) / progress))
