@@ -1548,6 +1548,14 @@ def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path, act, code,
     assert code is None or state_of(tmp_path / "run")["step"] == 2
 
 
+def test_a_signal_in_a_long_step_of_several_processes_saves_the_last_one(tiny, tmp_path):
+    """Killed before its third step ends, the run has the second."""
+    flags = ["train", "--lm", tiny, *FLAGS, "--batch", "16", "--out", tmp_path / "run"]  # two micro-batches for each
+    hooks = [partial(before, "model.wire_loss", 5, TERM, 0), partial(before, "model.wire_loss", 6, KILL, 0)]
+    launch(*flags, world=2, code=[-9, 2], hooks=hooks)
+    assert state_of(tmp_path / "run")["step"] == 2
+
+
 def test_torchrun_restarts_from_the_last_checkpoint(tiny, tmp_path):
     (tmp_path / "driver.py").write_text(f"""
 import os, train

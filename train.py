@@ -444,6 +444,7 @@ class Run:
     name: str
     stopping: list            # signals received
     kept: dict = field(default_factory=dict)  # the tokens that selective keeps, by context and number
+    rescued: bool = False     # whether a checkpoint was written in the middle of a step
 
     @property
     def master(self):
@@ -597,7 +598,8 @@ def make_batch(run, rows, M, rng, progress):
 def train_step(run, progress, window):
     """One optimizer step; adds what its micro-batches showed to the window, left on the device (`settle`). Returns
     (gradient norm, questions), or None where a signal ended it: a step may take longer than the 30 s that torchrun
-    waits. Several processes, whose steps are shorter, go on to its end, for none may leave the others alone."""
+    waits. Of several processes none may leave the others alone: the first one saves, and all go on to the step's end
+    as far as they get."""
     config, step, world = run.config, run.plan[run.state.step], run.world
     weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
     asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
@@ -605,6 +607,8 @@ def train_step(run, progress, window):
         if run.stopping and world == 1:
             run.optimizer.zero_grad(set_to_none=True)
             return None
+        if run.stopping and not run.rescued:  # weights and Adam's state are those of the last step until this one ends
+            run.rescued = save(run)
         batch, teacher = make_batch(run, rows, M, rng, progress)
         # Gradients travel once a step, with the last micro-batch.
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
