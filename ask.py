@@ -206,8 +206,8 @@ def read_document(args, wire, saved):
     T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
     dense = bool(config.ratio) or config.scope == "asked"  # stored by ratio, not by number
     if count not in ({wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}):
-        log(f"notice: this wire was trained for " + f"--ratio {config.ratio or 1:g}" * dense
-            + f"--latents {config.latents}" * (not dense))
+        size = f"--ratio {config.ratio or 1:g}" if dense else f"--latents {config.latents}"
+        log(f"notice: this wire was trained for {size}")
     document = Document(encode(wire, ids, count), before, Path(args.context).stem, ids)
     places = int(document.latents.held.sum()) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = payload_bytes(places * place_values(wire.lm, config.wire), args.format)

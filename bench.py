@@ -139,6 +139,17 @@ def peak_bytes(run, device):
     return meter.peak
 
 
+def spread(values):
+    """Shares (n,) in percent: their mean and its 95% interval."""
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (np.mean(values), *interval(values))))
+
+
+def trained_wire(args, saved):
+    """The wire of a checkpoint, and the LM that it was trained for."""
+    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
+    return load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
+
+
 def table(head, rows):
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
@@ -355,8 +366,7 @@ def bench_documents(args):
     if saved.config.wire == "tokens" or saved.config.scope == "prompt" or args.samples < 4:
         raise UserError(f"documents needs a wire whose latents stand for a text alone, and --samples of at least 4; "
                         f"this is --wire {saved.config.wire} --scope {saved.config.scope} with {args.samples}")
-    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
-    wire = load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
+    wire = trained_wire(args, saved)
     examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)
     random.Random(0).shuffle(examples)
     articles = list({example.title or example.context: example for example in examples}.values())
@@ -378,9 +388,7 @@ def bench_documents(args):
             right.append(float(reply.get("document", str(n)) == str(n)))
         result[count] = {"f1": float(np.mean(f1)), "f1_ci95": interval(f1), "named": float(np.mean(right)),
                          "named_ci95": interval(right)}
-        percent = lambda mean, ends: f"{100 * mean:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
-        rows.append([count, percent(result[count]["f1"], result[count]["f1_ci95"]),
-                     percent(result[count]["named"], result[count]["named_ci95"])])
+        rows.append([count, spread(f1), spread(right)])
         log(f"documents: {count} done")
     table(["documents", "F1", "right one named"], rows)
     return result
@@ -463,23 +471,21 @@ def bench_peers(args):
     if config.scope != "context" or config.ratio or config.wire == "embeds" or own_row(config) == "text_lora":
         raise UserError(f"peers needs a wire of scope context that keeps M places or tokens; this is --wire "
                         f"{config.wire} --keep {config.keep} --scope {config.scope} --ratio {config.ratio:g}")
-    lm, tokenizer = load_lm(config.lm, device=args.device, wired=True)
-    prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
-    wire, M, own = load_wire(saved, lm, prompt).eval(), max(budgets(config)), own_row(config)
+    wire, M, own = trained_wire(args, saved), max(budgets(config)), own_row(config)
+    lm, prompt = wire.lm, wire.prompt
     items, result, rows = prompt.items(load_data(args.data, "dev", args.samples)), {}, []
-    row = lambda name, some=items: evaluate_row(name, lm, tokenizer, prompt, some, wire, M)["answers"]
+    row = lambda name, some=items: evaluate_row(name, lm, prompt.tokenizer, prompt, some, wire, M)["answers"]
     contenders = {own: partial(row, own)}
-    if wire.config.wire == "kv":
+    if config.wire == "kv":
         contenders |= {name: partial(press_answers, wire, f"{name}Press", items, M)
                        for name in ("KVzip", "ExpectedAttention")}
     else:
-        contenders["LLMLingua"] = lambda: row("text_lora", lingua_items(lingua(lm, tokenizer), prompt, items, M))
-    percent = lambda values: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (np.mean(values), *interval(values))))
+        contenders["LLMLingua"] = lambda: row("text_lora", lingua_items(lingua(lm, prompt.tokenizer), prompt, items, M))
     for name, run in contenders.items():
         f1 = np.array([f1_score(answer, item.example.answers) for answer, item in zip(run(), items)])
         ours = f1 if name == own else ours
         result[name] = {"f1": f1.mean(), "f1_ci95": interval(f1), "n": len(f1), "minus_own": interval(f1 - ours)}
-        rows.append([name, percent(f1), "-" if name == own else percent(f1 - ours)])
+        rows.append([name, spread(f1), "-" if name == own else spread(f1 - ours)])
         log(f"peers: {name} done")
     table([f"{M} tokens or places, n = {len(items)}", "F1", f"- {own}"], rows)
     return result

@@ -67,6 +67,7 @@ from store import FORMATS, GROUP, SCALE_BITS, load_wire, payload_bytes, place_va
 
 SHOWN = 20  # questions of which is written down what the wire keeps
 
+
 # ------------------------------------------------------------------------------------------------
 # Files and table
 

@@ -72,11 +72,6 @@ def call(script, *flags, timeout, world=0):
     return said
 
 
-def of_run(args):
-    """Flags that every training gets. Articles of --data pick the checkpoint, never those that measure it."""
-    return ["--lm", args.lm, "--data", args.data, *(["--device", args.device] if args.device else [])]
-
-
 # ------------------------------------------------------------------------------------------------
 # Parts: each returns what goes into gpu.json
 
@@ -188,7 +183,9 @@ def train(args, left):
     minutes = min(left() / 60, args.minutes * SHARES["train"]) * 0.9  # the rest starts, evaluates and saves
     few = ["--samples", 40, "--epochs", 1, "--batch", 8, "--eval_samples", 4, "--minutes", 0] if args.dry else [
         "--minutes", f"{minutes:.2f}"]
-    call("train.py", *RECIPE, "--micro_batch", micro, *of_run(args), *few, "--resume", "--out", args.out,
+    # Without --eval_data: articles of --data pick the checkpoint, never those that measure it.
+    call("train.py", *RECIPE, "--lm", args.lm, "--data", args.data, "--micro_batch", micro, *few,
+         *(["--device", args.device] if args.device else []), "--resume", "--out", args.out,
          timeout=left() if args.dry else 60 * minutes + 90)
     records = read_lines(Path(args.out) / "logs" / "train_diagnostics.jsonl")
     rates = sorted(record["samples_per_sec"] for record in records[len(records) // 4:]) or [float("nan")]

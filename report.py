@@ -392,8 +392,7 @@ def prediction(run, record):
     answers = [["gold", " | ".join(golds), ""], *([row, record[row], right[row]] for row in right)]
     own = run.own if run.own in right else next(iter(right))
     context, question, answer = map(html.escape, (*divided(record), record[own]))
-    if "kept" in record:
-        context = shaded(record["kept"])
+    context = shaded(record["kept"]) if "kept" in record else context
     return (f"<details class={right[own]}><summary>{question} <b>{answer}</b></summary><p>{context}</p>"
             f"{html_table(['row', 'answer', ''], answers)}</details>")
 

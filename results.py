@@ -80,8 +80,8 @@ def cells(run, row, first):
 
 def bar(run, row):
     """One row's F1 as a line, a block for two percent."""
-    s, given = run.rows[row][0], cells(run, row, (run, row))
-    what = f"{given['Reads'].replace('*', '')} ({given['Tokens read']} tokens)"
+    s = run.rows[row][0]
+    what = f"{ROWS[split_row(row)[0]].heading.strip('*')} ({s['tokens_read']:.0f} tokens)"
     return f"{what:<42}{'█' * round(50 * s['f1'])} {100 * s['f1']:.1f}"
 
 

@@ -78,9 +78,10 @@ def split_row(name):
     """"latent@16" -> ("latent", 16, None), "latent@int8" -> ("latent", None, "int8"), "text" -> ("text", None, None).
     Raises UserError for a name that is no row."""
     row, at, own = name.partition("@")
-    sent = row in ROWS and ROWS[row].latents in ("own", "other")
-    fits = sent and own in FORMATS or row in ROWS and (sent or ROWS[row].keep) and own.isdigit() and int(own) > 0
-    if row not in ROWS or at and not fits:
+    known = ROWS.get(row)
+    sent = known and known.latents in ("own", "other")
+    number = known and (sent or known.keep) and own.isdigit() and int(own) > 0
+    if not known or at and not (number or sent and own in FORMATS):
         raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 or truncated@16 for "
                         "another M, latent@int8 for another format")
     return row, int(own) if own.isdigit() else None, own if own in FORMATS else None

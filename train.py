@@ -658,6 +658,15 @@ def log_steps(run, window, norm, seconds):
                  "--first")
 
 
+def most(run, *values):
+    """The largest that any process has of each value, so that all decide alike; each must ask equally often."""
+    shared = torch.tensor(values, dtype=torch.float64)
+    if run.world > 1:
+        shared = shared.to(run.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
 class Stopped(Exception):
     """A signal came while the dev slice was being answered."""
 
@@ -670,11 +679,8 @@ class _Watch:
         self.run, self.together = run, together
 
     def update(self, n):
-        stopping = torch.tensor(float(bool(self.run.stopping)))
-        if self.together:
-            stopping = stopping.to(self.run.device)
-            dist.all_reduce(stopping, dist.ReduceOp.MAX)
-        if stopping.item():
+        stopping = float(bool(self.run.stopping))
+        if most(self.run, stopping)[0] if self.together else stopping:
             raise Stopped
 
 
@@ -684,7 +690,7 @@ def evaluate(run):
     it, in all processes alike."""
     state, row = run.state, own_row(run.config)
     shared = run.world > 1 and not run.config.shard and len(run.dev) >= run.world
-    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run, run.world > 1 and not shared)
+    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run, not shared)
     run.wire.eval()
     try:
         results = [evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, dev, run.wire, bar=watch)]
@@ -722,13 +728,9 @@ def save(run):
 def clock(run, began):
     """(share 0..1 of the run that is over, whether to stop now), the same in all processes: they must agree on the
     time and on a signal that only one of them got. Counts the time into the state."""
-    shared = torch.tensor([time.time() - began, float(bool(run.stopping))], dtype=torch.float64)
-    if run.world > 1:
-        shared = shared.to(run.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
-    run.state.elapsed = shared[0].item()
+    run.state.elapsed, stopping = most(run, time.time() - began, float(bool(run.stopping)))
     timed = run.state.elapsed / 60 / run.config.minutes if run.config.minutes else 0.0
-    return max(run.state.step / len(run.plan), timed), shared[1].item() > 0
+    return max(run.state.step / len(run.plan), timed), stopping > 0
 
 
 def train(config, rank, world, device, dtype, why, stack):
