@@ -97,13 +97,15 @@ def answer(wire, latents, items, max_new_tokens, said=None):
 
 
 def needs(wire, latents, items):
-    """How much each answer's first token needs each of the Latents: (B, heads, M) a layer."""
-    H, N, lm = len(wire.layout.before), latents.held.shape[1], wire.lm
+    """How much each answer's first token needs each place of the Latents: (B, heads, N) a layer."""
+    lm = wire.lm
     ids, cached = pad(asked(wire, latents, items), PAD).to(lm.device), latents if latents.keys is not None else None
     real = ids != PAD
     asking = torch.arange(ids.shape[1], device=lm.device) == real.sum(1, keepdim=True) - 1
-    embeds = embed(lm, ids, latents.prefix)
-    return [layer[..., H:N] for layer in importance(lm, embeds, real, cached, asking, "reader")]
+    found = importance(lm, embed(lm, ids, latents.prefix), real, cached, asking, "reader")
+    N = latents.held[0].shape[-1]
+    widths = [N] * len(found) if cached is None else [held.shape[-1] for held in cached.held]
+    return [layer[..., :width] for layer, width in zip(found, widths)]
 
 
 def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
@@ -115,7 +117,7 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     for item in items:
         if len(item.question) > most:
             raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
-    latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.held.device))
+    latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.length.device))
     needed = needs(wire, latents, items)
     if wire.config.scope == "asked":
         latents = wire.choose(latents, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
@@ -123,8 +125,11 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     for b, question in enumerate(questions):
         reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
         if len(documents) > 1:
-            sizes = [document.latents.held.shape[1] - document.before for document in documents]
-            share = [part.sum().item() for part in sum(layer[b].sum(0) for layer in needed).split(sizes)]
+            share, H = torch.zeros(len(documents)), len(wire.layout.before)
+            for number, layer in enumerate(needed):  # the layers differ in how many places they hold of each
+                widths = [document.latents.held[number % len(document.latents.held)].shape[-1] - H
+                          for document in documents]
+                share += torch.stack([part.sum().cpu() for part in layer[b, :, H:].split(widths, 1)])
             reply["document"] = printable(documents[int(np.argmax(share))].title)
         elif documents[0].ids is not None:
             ids, one = documents[0].ids, [layer[b] for layer in needed]
@@ -146,9 +151,9 @@ def inspect(wire, document, latents, question, args):
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
     words = [printable(tokenizer.decode([token])) for token in ids]
-    M, which = latents.held.shape[1] - before, "each head keeps" if len(latents.kept) > 1 else "are kept"
+    M, which = int(latents.length) - before, "are kept" if latents.keys is None else "a head keeps on average"
     if wire.config.scope == "asked":
-        which = "the question sees in each layer"
+        M, which = min(M, args.latents or max(budgets(wire.config))), "the question sees in each layer"
     print(f"{len(ids)} tokens, {M} of which {which}. "
           f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
     often = latents.of_tokens(len(ids), before)
@@ -208,8 +213,8 @@ def read_document(args, wire, saved):
     if count not in ({wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}):
         size = f"--ratio {config.ratio or 1:g}" if dense else f"--latents {config.latents}"
         log(f"notice: this wire was trained for {size}")
-    document = Document(encode(wire, ids, count), before, Path(args.context).stem, ids)
-    places = int(document.latents.held.sum()) - before * (config.wire == "embeds")  # waits for a GPU, too
+    document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem, ids)
+    places = int(document.latents.length) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = payload_bytes(places * place_values(wire.lm, config.wire), args.format)
     log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
         f"{size:,} bytes of latents in {args.format}, {time.perf_counter() - began:.2f} s")

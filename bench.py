@@ -253,15 +253,15 @@ def bench_answer(args):
     ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
     for T in [int(x) for x in (args.lengths or "246,1024,8192").split(",")]:
         text, count = long_text(items, T), min(32, T)
-        once = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device))
+        once = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device)).packed()
         ready = once()
 
         def first():
             ask(after, once())
         times = side_by_side({"text": lambda: ask(np.concatenate([layout.before, text, after])), "first": first,
                               "next": lambda: ask(after, ready)}, args.repeats if T < 4096 else 1)
-        cache = {name: places * place_values(lm, "kv") * lm.dtype.itemsize / 1e6
-                 for name, places in (("text", T + len(layout.before)), ("latents", ready.held.shape[1]))}
+        cache = {"text": (T + len(layout.before)) * place_values(lm, "kv") * lm.dtype.itemsize / 1e6,
+                 "latents": sum(side.nbytes for side in ready.keys + ready.values) / 1e6}  # a layer's are padded
         result[T] = {"seconds": times, "cache_mb": cache}
         rows.append([T, *(f"{1e3 * times[name]:.0f}" for name in ("text", "first", "next")),
                      f"{times['text'] / times['first']:.2f}x", f"{times['text'] / times['next']:.2f}x",
@@ -438,9 +438,13 @@ def press_latents(wire, press, text, M):
     with use_lora(lm, "encoder"), patch(at, lambda name: plain), press(lm):
         # kvpress 0.5 wants cache_position, which transformers no longer passes on by itself
         lm.model(input_ids=ids, past_key_values=cache, use_cache=True, cache_position=torch.arange(N).to(lm.device))
-    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    held = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=lm.device)
-    return Latents(held, held.new_full((1,), N, dtype=torch.long), keys, values, place=held.cumsum(1) - 1)
+    held = [torch.ones(*layer.keys.shape[:3], dtype=torch.bool, device=lm.device) for layer in cache.layers]
+    for there, layer in zip(held, lm.model.layers):
+        if dropped := getattr(layer.self_attn, "masked_key_indices", None):  # how KVzip says what it drops
+            there[dropped] = False
+            layer.self_attn.masked_key_indices = None
+    return Latents(torch.tensor([N], device=lm.device), held, None, [layer.keys for layer in cache.layers],
+                   [layer.values for layer in cache.layers])
 
 
 def press_answers(wire, name, items, M):
@@ -451,8 +455,6 @@ def press_answers(wire, name, items, M):
         latents = press_latents(wire, press, item.context, M)
         with use_lora(wire.lm, "reader"):
             found += generate(wire.lm, wire.prompt.tokenizer, [wire.prompt.after(item)], latents).answers
-        for layer in wire.lm.model.layers:
-            layer.self_attn.masked_key_indices = None  # where KVzip says what it drops
     return found
 
 

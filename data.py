@@ -523,9 +523,9 @@ class Source:
     asks: object      # (C, R) token ids of what is read behind it; PAD right
     share: object     # (C,) how many latents come from each row
     flat: object      # (B, L) each document's places, before and text, as flat numbers in (C, W); -1 for none
-    by: object        # (B, N) by how much the key of each of its cached places is turned: before, then the latents
-    held: object      # (B, N) bool, whether there is one
-    length: object    # (B,) how many there are
+    by: object        # (C,) by how much the keys of each row's text are turned
+    length: object    # (B,) how many places each document has in the cache: before, latents
+    most: int         # and the most of them
     whole: bool       # whether every token is a latent
 
     def to(self, device):
@@ -613,24 +613,22 @@ def lay_source(before, texts, counts, chunk, repeat, asks=None):
     H = len(before)
     rows, read, shares, flat, by = [], [], [], [], []
     for b, (text, count) in enumerate(zip(texts, counts)):
-        places, turns, at = [], [np.zeros(H, dtype=int)], 0
+        places, at = [], 0
         for begin, end, share in divide(len(text), count, chunk):
             if not share and places:
                 continue  # no latent comes from here
             part = text[begin:end]
             places += [(len(rows), t) for t in range(H if places else 0, H + len(part))]
-            turns.append(np.full(share, at + share - len(part)))
             at += share
+            by.append(at - end + begin)
             rows.append(np.concatenate([before, part]))
             read.append(np.concatenate([repeat, part]) if asks is None else asks[b])
             shares.append(share)
         flat.append(places)
-        by.append(np.concatenate(turns))
     ids = pad(rows, PAD)
-    held = pad([turns * 0 for turns in by], -1) == 0
     flat = pad([[r * ids.shape[1] + t for r, t in places] for places in flat], -1)
-    return Source(ids, pad(read, PAD), torch.tensor(shares), flat, pad(by, 0), held, held.sum(1),
-                  counts == [len(text) for text in texts])
+    return Source(ids, pad(read, PAD), torch.tensor(shares), flat, torch.tensor(by), H + torch.tensor(counts),
+                  H + max(counts), counts == [len(text) for text in texts])
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

@@ -31,6 +31,9 @@ def export(folder, wire, latents=None):
         raise UserError("--export: this wire's reader has no LoRA (--lora_rank 0); give a document with --context")
     name = lm.config._name_or_path  # where its weights are: what the user calls it may be known to this project alone
     name = str(Path(name).resolve()) if Path(name).exists() else name
+    if latents and latents.keys and not all(held.all() and held.shape[-1] == latents.length for held in latents.held):
+        raise UserError("--export: in this document one head holds more places than another, which the caches of other "
+                        "programs do not know; give its text with --context")
     try:
         if wire.config.lora_rank:
             write_reader(folder / "reader", wire, name)

@@ -32,7 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -322,11 +324,17 @@ class Tape(DynamicCache):
         return self.given[0][0].shape[2] if self.given else 0
 
 
+def layer_kinds(lm):
+    """What each layer's attention reaches: full_attention, or sliding_attention for the LM's window."""
+    window = getattr(lm.config, "sliding_window", None)
+    kind = "sliding_attention" if window else "full_attention"
+    return list(getattr(lm.config, "layer_types", None) or [kind] * lm.config.num_hidden_layers)
+
+
 def masks(lm, allowed, query, key):
     """What a pass gets as attention mask: allowed (B, S, N) bool as (B, 1, S, N), cut to the LM's window in layers
     that have one. query (B, S), key (B, N): position ids, by which a window is measured."""
-    window = getattr(lm.config, "sliding_window", None)
-    kinds = set(getattr(lm.config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    window, kinds = getattr(lm.config, "sliding_window", None), set(layer_kinds(lm))
     if kinds == {"full_attention"} or not window:
         return allowed[:, None]
     near = allowed & (query[:, :, None] - key[:, None, :] < window)
@@ -335,12 +343,45 @@ def masks(lm, allowed, query, key):
     return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
 
 
+def behind(lm, latents, query):
+    """Which cached places of Latents (model.py) tokens at the positions query (B, S) see: (B, heads or 1, S or 1, N)
+    bool a layer. A window is measured in the places that a head holds, counted back from the end of the cache."""
+    window, seen = getattr(lm.config, "sliding_window", None), []
+    for held, kind in zip(latents.held, layer_kinds(lm)):
+        see = held[:, :, None]
+        if window and kind == "sliding_attention":
+            place = latents.length[:, None, None] - held.flip(-1).cumsum(-1).flip(-1)
+            see = see & (query[:, None, :, None] - place[:, :, None] < window)
+        seen.append(see)
+    return seen
+
+
+def _beside(cached, own):
+    """The masks of a layer's cached places (B, heads or 1, S or 1, N) and of what is read behind them (B, 1, S, S'), as
+    one."""
+    B, heads, S = len(own), cached.shape[1], own.shape[2]
+    return torch.cat([cached.expand(B, heads, S, -1), own.expand(B, heads, S, -1)], 3)
+
+
+def _attend_behind(module, query, key, value, attention_mask, cached=None, **kwargs):
+    """SDPA, behind cached places of which every layer and head has its own; cached: what `behind` returns."""
+    if cached is not None:
+        attention_mask = _beside(cached[module.layer_idx], attention_mask)
+        if attention_mask.shape[1] > 1:  # key-value heads -> query heads
+            attention_mask = attention_mask.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("behind", _attend_behind)
+AttentionMaskInterface.register("behind", sdpa_mask)
+
+
 def turn(lm, keys, by):
-    """Keys, a tensor (B, heads, N, d_head) a layer, moved `by` (B, N) positions: RoPE is a rotation (Su et al., arXiv
+    """Keys, a tensor (B, heads, N, d_head) a layer, moved `by` (B, N or 1) positions: RoPE is a rotation (Su et al., arXiv
     2104.09864), so a key of position p turned by q - p is the key of position q. A move of 0 changes no bit. Layers
     without RoPE (`turning_layers`) keep their keys."""
     rotary, apply = lm.model.rotary_emb, sys.modules[type(lm.model).__module__].apply_rotary_pos_emb
-    kinds = getattr(lm.config, "layer_types", None) or ["full_attention"] * len(keys)
+    kinds = layer_kinds(lm)
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters  # Gemma 3: local layers turn otherwise
     turns = {}
     for kind in set(kinds):
@@ -373,8 +414,10 @@ def turning_layers(lm):
     lm.turning = [a < b for a, b in zip(turned, still)]
 
 
-def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, **kwargs):
+def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, cached=None, **kwargs):
     """Attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
+    if cached is not None:
+        attention_mask = _beside(cached[module.layer_idx], attention_mask)
     each = query.unflatten(1, (key.shape[1], -1))                                  # (B, heads, group, S, d_head)
     weight = (each @ key[:, :, None].transpose(-1, -2) * scaling).masked_fill(~attention_mask[:, :, None], -torch.inf)
     weight = weight.softmax(-1, dtype=torch.float32)
@@ -392,20 +435,18 @@ def importance(lm, embeds, real, cached=None, asking=None, lora=None):
     that asks and any query head gives a place, times the length of its value (KVzip, arXiv 2505.23416; times the
     value's length: arXiv 2406.12335). embeds (B, S, d); real (B, S): which are no padding, on the right; cached: what
     stands in front of them (model.Latents with keys and values); asking (B, S) bool: all, if not given."""
-    (B, S), device, tape = real.shape, real.device, Tape()
+    (B, S), device, tape, seen = real.shape, real.device, Tape(), None
     position = torch.arange(S, device=device).expand(B, -1)
-    allowed, place = torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position
     if cached is not None:
         tape, position = Tape(cached.keys, cached.values), position + cached.length[:, None]
-        allowed = torch.cat([cached.held[:, None].expand(-1, S, -1), allowed], 2)
-        place = torch.cat([cached.place, position], 1)
-    mask = masks(lm, allowed, position, place)
+        seen = behind(lm, cached, position)
+    mask = masks(lm, torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position, position)
     noted, before = [], lm.config._attn_implementation
     lm.config._attn_implementation = "noted"
     try:
         with use_lora(lm, lora):
             lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
-                     use_cache=True, noted=noted, asking=real if asking is None else asking)
+                     use_cache=True, noted=noted, asking=real if asking is None else asking, cached=seen)
     finally:
         lm.config._attn_implementation = before
     return noted
@@ -477,48 +518,49 @@ class Generated:
 
 
 class _Reading:
-    """What the LM reads piece by piece behind its cache. held, place (B, N): which cached places there are, and their
-    positions. transformers' own `generate` measures a sliding window by places, padding among them, and forgets what
-    is past it."""
+    """What the LM reads piece by piece, behind Latents where there are any. real, place (B, n): which of the tokens
+    read so far are no padding, and their positions. transformers' own `generate` measures a sliding window by places,
+    padding among them, and forgets what is past it."""
 
-    def __init__(self, lm, held, place, cached=None):
-        self.lm, self.held, self.place, self.cache = lm, held, place, DynamicCache(cached)
+    def __init__(self, lm, real, place, latents=None):
+        self.lm, self.real, self.place, self.latents = lm, real[:, :0], place[:, :0], latents
+        self.cache = DynamicCache(list(zip(latents.keys, latents.values)) if latents else None)
 
     def read(self, real, position, **inputs):
         """The hidden states (B, S, d) of S more tokens. real (B, S): which are no padding; position (B, S)."""
-        self.held, self.place = torch.cat([self.held, real], 1), torch.cat([self.place, position], 1)
-        S, N, mask = real.shape[1], self.held.shape[1], None
-        if getattr(self.lm.config, "sliding_window", None) or not self.held.all():
-            causal = torch.ones(S, N, dtype=torch.bool, device=real.device).tril(N - S)
-            mask = masks(self.lm, causal & self.held[:, None], position, self.place)
+        self.real, self.place = torch.cat([self.real, real], 1), torch.cat([self.place, position], 1)
+        S, n, mask, cached = real.shape[1], self.real.shape[1], None, None
+        if self.latents or getattr(self.lm.config, "sliding_window", None) or not self.real.all():
+            causal = torch.ones(S, n, dtype=torch.bool, device=real.device).tril(n - S)
+            mask = masks(self.lm, causal & self.real[:, None], position, self.place)
+            cached = behind(self.lm, self.latents, position) if self.latents else None
         return self.lm.model(**inputs, attention_mask=mask, position_ids=position, past_key_values=self.cache,
-                             use_cache=True).last_hidden_state
+                             use_cache=True, cached=cached).last_hidden_state
 
-    def back(self, N):
-        """Forget all but the first N places."""
-        self.cache.crop(N - self.held.shape[1])
-        self.held, self.place = self.held[:, :N], self.place[:, :N]
+    def back(self, n):
+        """Forget all but the first n tokens."""
+        self.cache.crop(n - self.real.shape[1])
+        self.real, self.place = self.real[:, :n], self.place[:, :n]
 
 
 @torch.no_grad()
 def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False, golds=None):
     """Greedy answers of rows of token ids (B lists). latents: what stands in front of them, or at their LATENT places
-    (an object with keys, values, held, length, place or prefix, see model.Latents). as_ids reads rows without latents
+    (model.Latents). as_ids reads rows without latents
     as token ids, not as embeddings. golds: token ids of each row's gold answer, whose logits are then computed from
     the same KV cache, so that the prompt is read once for both."""
     device = lm.get_input_embeddings().weight.device
     ids = pad(rows, PAD, left=True).to(device)
     real, start = ids != PAD, time.perf_counter()
     position = (real.cumsum(1) - 1).clamp(min=0)
-    if latents is not None and latents.keys is not None:
-        reading = _Reading(lm, latents.held, latents.place, list(zip(latents.keys, latents.values)))
-        position = position + latents.length[:, None]
-    else:
-        reading = _Reading(lm, real[:, :0], position[:, :0])
+    cached = latents if latents is not None and latents.keys is not None else None
+    if cached is not None:
+        position = position + cached.length[:, None]
+    reading = _Reading(lm, real, position, cached)
     embeds = embed(lm, ids, None if latents is None else latents.prefix)
     inputs = {"input_ids": ids.clamp(min=0)} if as_ids else {"inputs_embeds": embeds}
     hidden = reading.read(real, position, **inputs)
-    N, place = reading.held.shape[1], position[:, -1:]
+    n, place = reading.real.shape[1], position[:, -1:]
     end = lm.generation_config.eos_token_id
     end = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
     done, tokens, first = torch.zeros(len(rows), 1, dtype=torch.bool, device=device), [], None
@@ -542,7 +584,7 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
     sure = [chance[:max(1, len(row))].mean().item() for chance, row in zip(chances, new)]
     result = Generated(answers, new, first - start, last - first, sure)
     if golds is not None:  # read from the prompt's last token on
-        reading.back(N - 1)
+        reading.back(n - 1)
         labels = pad(golds, PAD).to(device)  # (B, G)
         read, place = labels[:, :-1], position[:, -1:] + torch.arange(labels.shape[1], device=device)
         inputs, there = torch.cat([embeds[:, -1:], embed(lm, read)], 1), labels != PAD

@@ -25,7 +25,7 @@ Shapes: B rows, T source tokens, M latents, N cached places (before + latents), 
 tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ import torch.nn.functional as F
 
 from common import UserError
 from data import LATENT, PAD, continuations, lay_source, pack, pad
-from lm import (Tape, add_lora, check_length, embed, head, importance, lm_identity, masks, turn, turning_layers,
-                use_lora)
+from lm import (Tape, add_lora, behind, check_length, embed, head, importance, lm_identity, masks, turn,
+                turning_layers, use_lora)
 from losses import wire_loss
 
 
@@ -152,27 +152,30 @@ def nearness(lm, items, rarity):
 class Latents:
     """What the reader gets of B documents. Wire kv: keys and values, a tensor (B, heads, N, d_head) a layer. Wire
     embeds: prefix (B, M, d), and the text before it is text."""
-    held: object     # (B, N) bool, which places there are
-    length: object   # (B,) how many: the position of the first token behind them
+    length: object   # (B,) how many places a head holds on average: the position of the first token behind them
+    held: list       # (B, heads, N) bool a layer, which places there are; or (B, 1, N) where all heads hold the same
+    kept: list       # (B, heads, N) or (B, 1, N) a layer: which of the document's places each is
     keys: list = None
     values: list = None
     prefix: object = None
-    place: object = None  # (B, N) the position of each
-    kept: list = None     # (B, heads, N) a layer: which of the document's places each is; or one (B, 1, N) for all
 
     def rms(self):
         """Root mean square of the latents as the reader gets them."""
-        what = self.prefix if self.keys is None else torch.stack([value.detach() for value in self.values])
-        return what.detach().float().pow(2).mean().sqrt()
+        if self.keys is None:
+            return self.prefix.detach().float().pow(2).mean().sqrt()
+        square = [value.detach().float().pow(2).mean(-1) for value in self.values]
+        held = [held.expand_as(s) for held, s in zip(self.held, square)]
+        return (sum((s * h).sum() for s, h in zip(square, held)) / sum(h.sum() for h in held)).sqrt()
 
     def of_tokens(self, T, before, weights=None):
         """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
-        ((heads, M) a layer). before: how many places stand in front of them."""
-        share = torch.zeros(T, device=self.held.device)
-        for layer in range(len(weights or self.kept)):
-            token = self.kept[layer % len(self.kept)][0, :, before:] - before         # (heads or 1, M)
-            weight = torch.ones_like(token, dtype=torch.float) if weights is None else weights[layer]
-            share.index_add_(0, token.expand(weight.shape).flatten(), weight.flatten())
+        ((heads, N) a layer). before: how many places stand in front of them."""
+        share = torch.zeros(T, device=self.length.device)
+        for layer in range(len(weights or self.held)):
+            held, kept = (side[layer % len(side)][0, :, before:] for side in (self.held, self.kept))
+            weight = held.float() if weights is None else weights[layer][:, before:] * held   # (heads or 1, N - before)
+            token = torch.where(held, kept - before, 0).expand(weight.shape)
+            share.index_add_(0, token.flatten(), weight.flatten())
         return (share / share.sum()).cpu()
 
     def rows(self, number):
@@ -180,16 +183,24 @@ class Latents:
         pick = lambda x: [y[number] for y in x] if isinstance(x, list) else None if x is None else x[number]
         return Latents(*map(pick, vars(self).values()))
 
-    def chosen(self, number):
-        """The same with those places alone that each head names: number (B, heads, N') a layer, ascending. Places that
-        are not there come last."""
-        along = lambda y, n: y.gather(2, n[..., None].expand(-1, -1, -1, y.shape[3]))
-        keys, values = ([along(y, n) for y, n in zip(side, number)] for side in (self.keys, self.values))
-        kept = self.kept and [k.expand(-1, n.shape[1], -1).gather(2, n)
-                              for k, n in zip(self.kept * (len(number) // len(self.kept)), number)]
-        first = number[0][:, 0]  # the heads differ in which, not in how many
-        place = self.place.gather(1, first)
-        return Latents(self.held.gather(1, first), self.length, keys, values, place=place, kept=kept)
+    def packed(self, width=None):
+        """The same without the places that no head of a layer holds: what is stored, and read at least cost. A layer
+        is padded to its fullest head; how full that is, a GPU must be asked, unless every layer's width is given."""
+        if self.keys is None:
+            return self
+        width = width or torch.stack([held.sum(-1).max() for held in self.held]).tolist()
+        number = [ascending(held)[..., :n] for held, n in zip(self.held, width)]
+        pick = lambda side: side and [of_heads(y, n) for y, n in zip(side, number)]
+        return replace(self, held=pick(self.held), kept=pick(self.kept), keys=pick(self.keys), values=pick(self.values))
+
+
+def of_heads(y, number):
+    """Of y (B, heads or 1, N, ...) the places number (B, heads or 1, N'): (B, heads or 1, N', ...)."""
+    heads = max(y.shape[1], number.shape[1])
+    number = number.expand(-1, heads, -1)
+    tail = (1,) * (y.ndim - 3)
+    return y.expand(-1, heads, *y.shape[2:]).gather(2, number.view(*number.shape, *tail).expand(*number.shape,
+                                                                                               *y.shape[3:]))
 
 
 class Adapter(nn.Module):
@@ -221,8 +232,10 @@ class LatentWire(nn.Module):
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
         used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last
                                             or target in ("k", "v"))
-        if config.wire == "kv" and not hasattr(lm, "turning"):
-            turning_layers(lm)
+        if config.wire == "kv":
+            if not hasattr(lm, "turning"):
+                turning_layers(lm)
+            lm.config._attn_implementation = "behind"
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
@@ -302,9 +315,11 @@ class LatentWire(nn.Module):
 
     # -- passes
 
-    def encode(self, source):
-        """Source -> Latents. The LM reads before and text with the encoder's LoRA, and behind them, without gradient,
-        what tells how much each token is needed (`keeps`)."""
+    def encode(self, source, each=False):
+        """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
+        the others). The LM reads before and text with the encoder's LoRA, and behind them, without gradient, what tells
+        how much each token is needed (`keeps`). each: every head holds as many, as in scope asked, and no others are
+        there."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
@@ -315,43 +330,51 @@ class LatentWire(nn.Module):
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
         keys, values = zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
-        kept = [where(keep, source) for keep in self.keeps(source, keys, values)]
-        N, H = source.held.shape[1], len(self.layout.before)
+        each = each or self.config.scope == "asked"
+        held = [of_documents(stays, source) for stays in self.keeps(source, keys, values, each)]
         if self.config.wire == "embeds":
-            base, hidden = (take(y[:, None], kept[0][..., H:], source)[:, 0].float() for y in (embeds, hidden))
-            return Latents(source.held, source.length, prefix=self.adapter(hidden, base), kept=kept)
-        each = kept * len(keys) if len(kept) == 1 else kept
-        keys, values = ([take(*pair, source) for pair in zip(side, each)] for side in (keys, values))
-        place = torch.arange(N, device=embeds.device).expand(len(source.held), -1)
-        return Latents(source.held, source.length, turn(lm, keys, source.by), values, place=place, kept=kept)
+            kept = ascending(held[0])[..., :source.most]
+            latent = kept[:, 0, len(self.layout.before):, None]
+            base, hidden = (of_documents(y[:, None], source)[:, 0] for y in (embeds, hidden))
+            base, hidden = (y.gather(1, latent.expand(-1, -1, y.shape[2])).float() for y in (base, hidden))
+            there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
+            return Latents(source.length, [there], [kept], prefix=self.adapter(hidden, base))
+        keys = turn(lm, keys, source.by[:, None] * (position >= len(self.layout.before)))
+        keys, values = ([of_documents(y, source) for y in side] for side in (keys, values))
+        place = torch.arange(source.flat.shape[1], device=embeds.device).expand(len(source.flat), 1, -1)
+        latents = Latents(source.length, held, [place] * len(keys), keys, values)
+        return latents.packed([source.most] * len(keys)) if each else latents
 
-    def keeps(self, source, keys, values):
-        """Which places of the encoder's pass stay as latents or text before them: (C, heads, W) bool a layer, as many
-        for every head; or one (C, 1, W) where all heads keep the same, as a vector of an embeds wire needs it."""
+    def keeps(self, source, keys, values, each=False):
+        """Which places of the encoder's pass stay as latents or text before them: (C, heads, W) bool a layer, so many
+        for each head as it needs them more than others do, or as many for every head (each); or one (C, 1, W), as a
+        vector of an embeds wire needs it."""
         real, H = source.ids != PAD, len(self.layout.before)
+        held = [real[:, None]] * len(keys)
         if source.whole:
-            return [real[:, None]]
+            return held
         keys, values = ([part.detach() for part in side] for side in (keys, values))
-        place = torch.arange(real.shape[1], device=real.device).expand(real.shape)
-        text = Latents(real, real.sum(1), keys, values, place=place)
+        text = Latents(real.sum(1), held, None, keys, values)
         if self.layout.asks:
             found = self.looked_at(text, source.asks)
         else:
             found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
+        found = [score[..., :real.shape[1]] for score in found]
         if self.config.wire == "embeds":
             found = [torch.stack(found).amax((0, 2))[:, None]]
-        return [best(score[..., :real.shape[1]], real, H, source.share) for score in found]
+        return best(found, held, H, source.share, each)
 
     def looked_at(self, latents, asks):
         """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
         with PAD right, is about to answer: (B, heads, N) a layer. As in SnapKV (arXiv 2404.14469) the end of the prompt
         is what looks, and a place is as needed as the most needed one up to 8 beside it, and half as much again for
         itself: an answer is found where it begins. The heads of a layer agree, each as loud as the others."""
-        N, found, real = latents.held.shape[1], [], asks != PAD
-        text = torch.arange(N, device=real.device) >= len(self.layout.before)
+        found, real = [], asks != PAD
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
-        for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
-            score = score[..., :N] * text
+        scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
+        for score, held in zip(scores, latents.held):
+            score = score[..., :held.shape[-1]].clone()
+            score[..., :len(self.layout.before)] = 0
             share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
             found.append((F.max_pool1d(share, 17, 1, 8) + share / 2).expand_as(score))
         return found
@@ -359,10 +382,9 @@ class LatentWire(nn.Module):
     def choose(self, latents, asks, M=None):
         """Of Latents the M (default: what the wire was trained for) that each layer needs most for asks (B, S), token
         ids with PAD right: the late choice of scope asked."""
-        held, H, M = latents.held, len(self.layout.before), M or max(budgets(self.config))
-        each = torch.full((len(held),), M, device=held.device)
-        stays = [best(score, held, H, each) for score in self.looked_at(latents, asks)]
-        return latents.chosen([ascending(stay)[..., :H + M] for stay in stays])
+        count = torch.full_like(latents.length, M or max(budgets(self.config)))
+        scores = self.looked_at(latents, asks)
+        return replace(latents, held=best(scores, latents.held, len(self.layout.before), count, each=True))
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""
@@ -388,14 +410,13 @@ class LatentWire(nn.Module):
             return self._at_answers(hidden, batch, keep)
         causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
         allowed = causal & ((segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0))  # (B, S, S)
-        tape, key_position = None, batch.position
+        tape, cached = None, None
         if latents is not None and latents.keys is not None:
-            tape, key_position = Tape(latents.keys, latents.values), torch.cat([latents.place, key_position], 1)
-            allowed = torch.cat([latents.held[:, None].expand(-1, S, -1), allowed], 2)
+            tape, cached = Tape(latents.keys, latents.values), behind(lm, latents, batch.position)
         with use_lora(lm, lora):
-            mask = masks(lm, allowed, batch.position, key_position)
+            mask = masks(lm, allowed, batch.position, batch.position)
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position,
-                              past_key_values=tape, use_cache=tape is not None).last_hidden_state
+                              past_key_values=tape, use_cache=tape is not None, cached=cached).last_hidden_state
         return self._at_answers(hidden, batch, keep)
 
     def _at_answers(self, hidden, batch, keep):
@@ -423,12 +444,21 @@ def budget(length, M, ratio=None):
     return min(math.ceil(length / ratio) if ratio else M, length)
 
 
-def best(score, held, before, count):
-    """(B, heads, N) bool: of score (B, heads, N) the `before` first places and the count[b] highest behind them that
-    are held (B, N)."""
-    score = score.masked_fill(~held[:, None], -1)
-    score[..., :before] = torch.inf
-    return (places(score) < (before + count)[:, None, None]) & held[:, None]
+def best(scores, held, before, count, each):
+    """Which places stay, (B, heads, N) bool a layer: of scores (B, heads, N) a layer the `before` first ones of every
+    head, and count[b] a head of those behind them that are held ((B, heads or 1, N) a layer). They are the highest of
+    all layers and heads together, so that one has more of them than another; or, with each, of each head."""
+    scores = [score.masked_fill(~there, -1) for score, there in zip(scores, held)]
+    for score in scores:
+        score[..., :before] = torch.inf
+    count = before + count
+    if each:
+        stays = [places(score) < count[:, None, None] for score in scores]
+    else:
+        heads = sum(score.shape[1] for score in scores)
+        place = places(torch.cat([score.flatten(1) for score in scores], 1)).split([s[0].numel() for s in scores], 1)
+        stays = [(p < heads * count[:, None]).view_as(score) for p, score in zip(place, scores)]
+    return [stay & there for stay, there in zip(stays, held)]
 
 
 def ascending(stays):
@@ -436,14 +466,8 @@ def ascending(stays):
     return stays.int().sort(dim=-1, descending=True, stable=True).indices
 
 
-def where(keep, source):
-    """keep (C, heads, W) bool, the places of the encoder's pass that stay -> their numbers among each document's L
-    places, in order: (B, heads, N)."""
-    keep = keep.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)] & (source.flat >= 0)[..., None]
-    return ascending(keep.transpose(1, 2))[..., :source.held.shape[1]]
-
-
-def take(y, kept, source):
-    """y (C, heads, W, .) of the encoder's pass -> (B, heads, N, .), each document's places kept (B, heads or 1, N)."""
-    y = y.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)].transpose(1, 2)  # (B, heads, L, .)
-    return y.gather(2, kept[..., None].expand(-1, y.shape[1], -1, y.shape[3]))
+def of_documents(y, source):
+    """y (C, heads, W, ...) of the encoder's pass -> (B, heads, L, ...), each document's places; where it has none,
+    False or what there is."""
+    y = y.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)].transpose(1, 2)
+    return y & (source.flat >= 0)[:, None] if y.dtype == torch.bool else y

@@ -211,7 +211,7 @@ def adapter_latents(wire, texts, counts):
                         "one with --wire embeds")
     ids, M = pad(texts, PAD).to(wire.lm.device), torch.tensor(counts, device=wire.lm.device)
     base = resample(embed(wire.lm, ids), ids != PAD, M).float()
-    return Latents(None, None, prefix=wire.adapter(base, base))
+    return Latents(M, None, None, prefix=wire.adapter(base, base))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -244,17 +244,17 @@ def read_latents(row, wire, items, others, M, ratio, form):
         alone = sorted(first.values())
         latents = wire.encode(wire.source([texts[b] for b in alone], [counts[b] for b in alone],
                                           [given[b] for b in alone]).to(device))
-        latents = through(latents, form)
+        latents = through(latents.packed(), form)
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
         if wire.config.scope == "asked":
-            latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M)
+            latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M).packed()
     done = {"source_tokens": sum(map(len, texts)), "stored": sum(counts)}
     if wire.config.wire == "embeds":
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
                 for n, item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
-    cached = int(latents.held.sum())
-    done |= {"tokens_read": cached, "latents": cached - len(layout.before) * len(items)}
+    seen = sum(min(n, M or max(budgets(wire.config))) for n in counts) if wire.config.scope == "asked" else sum(counts)
+    done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
     return latents, [layout.after(item) for item in items], done
 
 

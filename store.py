@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError, log, write_atomic
 from data import divide
@@ -100,56 +101,64 @@ def chunks(wire, text, count):
             yield begin, wire.source([text[begin:end]], [share]).to(wire.lm.device)
 
 
-def encode(wire, text, count):
-    """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk."""
+def encode(wire, text, count, each=False):
+    """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk.
+    each: every head holds as many, as the caches of other programs want it."""
     from tqdm import tqdm
     parts, read = [], list(chunks(wire, text, count))
     for begin, source in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
-        part = wire.encode(source)
+        part = wire.encode(source, each).packed()
         parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
-    return join(wire, parts)
+    return join(wire, parts).packed()
 
 
 def join(wire, parts):
     """One Latents of several (B = 1 each), one text behind the other: what is before them is kept of the first alone,
-    and keys are turned to their new positions."""
+    and keys are turned to their new positions. Not packed: which places are whose, their widths tell."""
     if len(parts) == 1:
         return parts[0]
-    H, at, keys, values = len(wire.layout.before), 0, [], []
-    held = torch.cat([part.held[:, H if number else 0:] for number, part in enumerate(parts)], 1)
-    kept = None
-    if all(part.kept for part in parts):
-        layers, heads = max(len(part.kept) for part in parts), max(part.kept[0].shape[1] for part in parts)
-        each = [[k.expand(-1, heads, -1) for k in part.kept * (layers // len(part.kept))] for part in parts]
-        kept = [torch.cat([k[..., H if number else 0:] for number, k in enumerate(layer)], 2) for layer in zip(*each)]
-    if wire.config.wire == "embeds":
-        return Latents(held, held.sum(1), prefix=torch.cat([part.prefix for part in parts], 1), kept=kept)
+    H, at, turned = len(wire.layout.before), 0, []
     for number, part in enumerate(parts):
-        first, N = H if number else 0, part.held.shape[1]
-        keys.append(turn(wire.lm, [k[:, :, first:] for k in part.keys], part.place.new_full((1, N - first), at)))
-        values.append([v[:, :, first:] for v in part.values])
-        at += N - H
-    keys, values = ([torch.cat(layer, 2) for layer in zip(*side)] for side in (keys, values))
-    return Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1, kept=kept)
+        if part.keys is not None:
+            turned.append(turn(wire.lm, part.keys, torch.full_like(part.length[:, None], at)))
+            at += part.length.item() - H
+    length = sum(part.length for part in parts) - H * (len(parts) - 1)
+
+    def beside(sides):
+        """Of each part a tensor (1, heads or 1, N, ...) a layer -> those of all, the text before once."""
+        for layer in zip(*sides):
+            heads = max(y.shape[1] for y in layer)
+            new = [y[:, :, H if number else 0:] for number, y in enumerate(layer)]
+            yield torch.cat([y.expand(-1, heads, *y.shape[2:]) for y in new], 2)
+    held = [*beside([part.held for part in parts])]
+    kept = [*beside([part.kept for part in parts])] if all(part.kept for part in parts) else None
+    if not turned:
+        return Latents(length, held, kept, prefix=torch.cat([part.prefix for part in parts], 1))
+    return Latents(length, held, kept, [*beside(turned)], [*beside([part.values for part in parts])])
 
 
 # A document's file is safetensors:
-#                keys, values     (layers, heads, N, d_head) of a kv wire, the text before in front of the latents; or
+#                keys, values     (P, d_head) of a kv wire: those of the first layer's first head, the text before in
+#                                 front of the latents, then the next head's, and
+#                places           (layers, heads) how many each has, P in all; or
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
 # its metadata:  format, kind, how many places are `before`, SHA-256 of the checkpoint's weights, identity of the LM,
 #                title, SHA-256 of the source and of all the rest
 
-DOCUMENT = "latentwire 3"
+DOCUMENT = "latentwire 4"
 
 
 def save_document(path, document, kind, saved, identity, source):
     """Write a Document. saved: the Checkpoint; source: the text, whose checksum is kept. Raises UserError where the
     file cannot be written."""
     latents = document.latents
-    parts = {"prefix": latents.prefix[0]} if latents.keys is None else {
-        "keys": torch.stack([k[0] for k in latents.keys]), "values": torch.stack([v[0] for v in latents.values])}
-    tensors = {}
+    if latents.keys is None:
+        tensors, parts = {}, {"prefix": latents.prefix[0]}
+    else:
+        held = [held[0].expand(k.shape[1:3]) for held, k in zip(latents.held, latents.keys)]
+        tensors = {"places": torch.stack([h.sum(-1) for h in held]).to("cpu", torch.int32)}
+        parts = {name: torch.cat([y[0][h] for y, h in zip(getattr(latents, name), held)]) for name in ("keys", "values")}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
@@ -196,11 +205,16 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     part = lambda name: dequantise(tensors[name], tensors.get(f"{name}_scales")).to(device, dtype)
     if "prefix" in tensors:
         prefix = part("prefix")[None]
-        held = torch.ones(1, before + prefix.shape[1], dtype=torch.bool, device=device)
-        return Document(Latents(held, held.sum(1), prefix=prefix), before, about["title"])
-    keys, values = ([layer[None] for layer in part(name)] for name in ("keys", "values"))
-    held = torch.ones(1, keys[0].shape[2], dtype=torch.bool, device=device)
-    return Document(Latents(held, held.sum(1), keys, values, place=held.cumsum(1) - 1), before, about["title"])
+        held = torch.ones(1, 1, before + prefix.shape[1], dtype=torch.bool, device=device)
+        return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix), before, about["title"])
+    places = tensors["places"]
+    each, widths = places.flatten().tolist(), places.amax(1).tolist()
+    layers = lambda name: [side[None, :, :width] for side, width in zip(
+        pad_sequence(part(name).split(each), True).unflatten(0, places.shape), widths)]
+    held = [torch.arange(width, device=device) < there[None, :, None].to(device)
+            for there, width in zip(places, widths)]
+    length = torch.tensor([round(sum(each) / len(each))], device=device)
+    return Document(Latents(length, held, None, layers("keys"), layers("values")), before, about["title"])
 
 
 def printable(text):
