@@ -357,8 +357,7 @@ def behind(lm, latents, query):
 
 
 def _beside(cached, own):
-    """The masks of a layer's cached places (B, heads or 1, S or 1, N) and of what is read behind them (B, 1, S, S'), as
-    one."""
+    """The masks of a layer's cached places (B, heads or 1, S or 1, N) and of what is read behind them (B, 1, S, n)."""
     B, heads, S = len(own), cached.shape[1], own.shape[2]
     return torch.cat([cached.expand(B, heads, S, -1), own.expand(B, heads, S, -1)], 3)
 
@@ -377,9 +376,9 @@ AttentionMaskInterface.register("behind", sdpa_mask)
 
 
 def turn(lm, keys, by):
-    """Keys, a tensor (B, heads, N, d_head) a layer, moved `by` (B, N or 1) positions: RoPE is a rotation (Su et al., arXiv
-    2104.09864), so a key of position p turned by q - p is the key of position q. A move of 0 changes no bit. Layers
-    without RoPE (`turning_layers`) keep their keys."""
+    """Keys, a tensor (B, heads, N, d_head) a layer, moved `by` (B, N or 1) positions: RoPE is a rotation (Su et al.,
+    arXiv 2104.09864), so a key of position p turned by q - p is the key of position q. A move of 0 changes no bit.
+    Layers without RoPE (`turning_layers`) keep their keys."""
     rotary, apply = lm.model.rotary_emb, sys.modules[type(lm.model).__module__].apply_rotary_pos_emb
     kinds = layer_kinds(lm)
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters  # Gemma 3: local layers turn otherwise
@@ -414,16 +413,23 @@ def turning_layers(lm):
     lm.turning = [a < b for a, b in zip(turned, still)]
 
 
+BLOCK = 256  # tokens that look at once in `importance`: its weights, unlike SDPA's, are held
+
+
 def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, cached=None, **kwargs):
     """Attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
     if cached is not None:
         attention_mask = _beside(cached[module.layer_idx], attention_mask)
     each = query.unflatten(1, (key.shape[1], -1))                                  # (B, heads, group, S, d_head)
-    weight = (each @ key[:, :, None].transpose(-1, -2) * scaling).masked_fill(~attention_mask[:, :, None], -torch.inf)
-    weight = weight.softmax(-1, dtype=torch.float32)
-    noted.append((weight * asking[:, None, None, :, None]).amax((2, 3)) * value.float().norm(dim=-1))
-    out = weight.to(value.dtype) @ value[:, :, None]
-    return out.flatten(1, 2).transpose(1, 2).contiguous(), None
+    parts = [x.split(BLOCK, 3) for x in (each, attention_mask[:, :, None], asking[:, None, None, :, None])]
+    most, out = [], []
+    for part, allowed, asks in zip(*parts):
+        weight = (part @ key[:, :, None].transpose(-1, -2) * scaling).masked_fill_(~allowed, -torch.inf)
+        weight = weight.softmax(-1, dtype=torch.float32)
+        out.append(weight.to(value.dtype) @ value[:, :, None])
+        most.append(weight.mul_(asks).amax((2, 3)))
+    noted.append(torch.stack(most).amax(0) * value.float().norm(dim=-1))
+    return torch.cat(out, 3).flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("noted", _attend_and_note)

@@ -2,15 +2,18 @@
 The wire: a frozen LM that reads a text, keeps of it what each head needs most, and answers from that.
 
     Context: text                --LM + encoder LoRA-->  keys and values of every token in every layer and head
-    Repeat: text                 --plain LM, behind-->   how much each head needs each of them: the M it needs most stay
+    Repeat: text                 --plain LM, behind-->   how much each head needs each of them: M a head stay, the most
+                                                         needed of all layers and heads
     M latents, question, Answer: --LM + reader LoRA-->   answer
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     importance     how much a head needs a token of the source while the LM reads it again; in scopes asked and prompt,
                    how much a layer needs it where the reader is about to answer
-    latent         wire kv: in every layer and head one of the source's keys and its value; which, is the head's choice;
-                   wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
+    latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
+                   average, in scopes asked and prompt M in each: a head that needs the source more than another has
+                   more of them. wire embeds: a vector of the LM's width for one of the tokens that the heads together
+                   need most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
     reader         the frozen LM with its LoRA set `reader`: reads latents and text, and answers
@@ -21,7 +24,7 @@ Words, one meaning each:
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
                    alone: a document is stored at --ratio, and of it each layer sees the M that it needs for a question
 
-Shapes: B rows, T source tokens, M latents, N cached places (before + latents), S tokens that the LM reads, A answer
+Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
 """
 import math
@@ -190,17 +193,9 @@ class Latents:
             return self
         width = width or torch.stack([held.sum(-1).max() for held in self.held]).tolist()
         number = [ascending(held)[..., :n] for held, n in zip(self.held, width)]
-        pick = lambda side: side and [of_heads(y, n) for y, n in zip(side, number)]
+        pick = lambda side: side and [y.take_along_dim(n.view(*n.shape, *(1,) * (y.ndim - 3)), 2)
+                                      for y, n in zip(side, number)]
         return replace(self, held=pick(self.held), kept=pick(self.kept), keys=pick(self.keys), values=pick(self.values))
-
-
-def of_heads(y, number):
-    """Of y (B, heads or 1, N, ...) the places number (B, heads or 1, N'): (B, heads or 1, N', ...)."""
-    heads = max(y.shape[1], number.shape[1])
-    number = number.expand(-1, heads, -1)
-    tail = (1,) * (y.ndim - 3)
-    return y.expand(-1, heads, *y.shape[2:]).gather(2, number.view(*number.shape, *tail).expand(*number.shape,
-                                                                                               *y.shape[3:]))
 
 
 class Adapter(nn.Module):
@@ -318,8 +313,8 @@ class LatentWire(nn.Module):
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
         the others). The LM reads before and text with the encoder's LoRA, and behind them, without gradient, what tells
-        how much each token is needed (`keeps`). each: every head holds as many, as in scope asked, and no others are
-        there."""
+        how much each token is needed (`keeps`). each: every head holds as many, as where a question chooses, and no
+        others are there."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
@@ -330,7 +325,7 @@ class LatentWire(nn.Module):
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
         keys, values = zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
-        each = each or self.config.scope == "asked"
+        each = each or self.config.scope != "context"  # what `looked_at` says of two layers does not compare
         held = [of_documents(stays, source) for stays in self.keeps(source, keys, values, each)]
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]

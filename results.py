@@ -6,7 +6,8 @@ Write the tables of README.md and RESULTS.md from the files of preserved runs, s
 
 Where a text says <!-- runs: latent@NAME truncated_lora@OTHER --> ... <!-- end -->, what stands between the two becomes
 the commands of those runs of preserved_data and a table of those rows; `table:` in place of `runs:` leaves out the
-commands and some columns, `bars:` draws their F1. Differences are to the first row, question by question.
+commands and some columns, `bars:` draws their F1, `kinds:` tells it by kind of answer. Differences are to the first
+row, question by question.
 """
 import re
 from dataclasses import asdict
@@ -25,9 +26,11 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
+import numpy as np
+
 from model import budgets
 from report import Run, markdown_table, paired, percent
-from rows import ROWS, split_row
+from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
@@ -61,6 +64,11 @@ def eval_command(run, rows):
             + "".join(changed))
 
 
+def short(name):
+    """A preserved run's name without its date, LM and data."""
+    return re.sub(r"^[\d-]+_smollm2_squad_", "", name)
+
+
 def cells(run, row, first):
     """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
     if row not in run.rows:
@@ -69,7 +77,7 @@ def cells(run, row, first):
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     return {
-        "Run": re.sub(r"^[\d-]+_smollm2_squad_", "", run.name) if about.trained else "-", "Row": row,
+        "Run": short(run.name) if about.trained else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
         "Questions trained on": f"{best.get('samples_seen', 0):,}" if about.trained else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
@@ -85,9 +93,35 @@ def bar(run, row):
     return f"{what:<42}{'█' * round(50 * s['f1'])} {100 * s['f1']:.1f}"
 
 
+DATE = re.compile(r"\b(1\d{3}|20\d\d)s?\b|century|"
+                  r"\b(January|February|March|April|June|July|August|September|October|November|December)\b|"
+                  r"\d May\b|\bMay \d")
+
+
+def kind_of(answer):
+    """What a gold answer is, by its letters: a date, a number, a name (an upper-case letter) or other words."""
+    kinds = {"date": DATE.search(answer), "number": re.search(r"\d", answer), "name": re.search(r"[A-Z]", answer)}
+    return next((kind for kind, found in kinds.items() if found), "other words")
+
+
+def by_kind(pairs):
+    """The lines of a table: a row's F1 on the questions of each kind."""
+    kinds, rows = ("date", "number", "name", "other words"), []
+    for row, name in pairs:
+        f1 = {kind: [] for kind in kinds}
+        for record in Run(RUNS / name).predictions:
+            if row in record:
+                f1[kind_of(record["golds"][0])].append(f1_score(record[row], record["golds"]))
+        cell = lambda f1: f"{percent(np.mean(f1), interval(f1))}, n = {len(f1)}" if f1 else "-"
+        rows.append([short(name), row, *(cell(f1[kind]) for kind in kinds)])
+    return markdown_table(["Run", "Row", *kinds], rows)
+
+
 def block(kind, names):
     """What stands between two marks: names, a list of ROW@RUN."""
     pairs = [name.rpartition("@")[::2] for name in names]
+    if kind == "kinds":
+        return "\n".join(by_kind(pairs))
     if kind == "bars":
         return "\n".join(["```", *(bar(Run(RUNS / name), row) for row, name in pairs), "```"])
     runs = {name: Run(RUNS / name) for _, name in pairs}
@@ -106,7 +140,8 @@ def block(kind, names):
 
 def renewed(text):
     """The text with every marked table written anew."""
-    return re.sub(r"(<!-- (runs|table|bars): ([^\n]*?) -->\n)(?:(?!<!-- (?:runs|table|bars):).)*?(<!-- end -->)",
+    kind = "runs|table|bars|kinds"
+    return re.sub(rf"(<!-- ({kind}): ([^\n]*?) -->\n)(?:(?!<!-- (?:{kind}):).)*?(<!-- end -->)",
                   lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
 
 

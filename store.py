@@ -158,7 +158,8 @@ def save_document(path, document, kind, saved, identity, source):
     else:
         held = [held[0].expand(k.shape[1:3]) for held, k in zip(latents.held, latents.keys)]
         tensors = {"places": torch.stack([h.sum(-1) for h in held]).to("cpu", torch.int32)}
-        parts = {name: torch.cat([y[0][h] for y, h in zip(getattr(latents, name), held)]) for name in ("keys", "values")}
+        parts = {name: torch.cat([y[0][there] for y, there in zip(getattr(latents, name), held)])
+                 for name in ("keys", "values")}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})

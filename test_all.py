@@ -735,7 +735,7 @@ def highest(score, count):
                          ids=str)
 def test_what_is_needed_most_stays(tiny, changes):
     """Of all layers and heads together; where a latent is one vector for all heads, what they need together; where the
-    question is known, what the answer needs; where each question chooses later, as much in each head."""
+    question is known, what the answer needs, as much in each head."""
     wire, prompt, items = make_wire(tiny, **changes)
     rows, layout = [items[:1], items[6:7]], wire.layout
     source = wire.collate(rows, lambda T: 9).source
@@ -754,7 +754,7 @@ def test_what_is_needed_most_stays(tiny, changes):
     for b, row in enumerate(rows):
         T = len(layout.source(row[0]))
         score = scores[:, b, :, 2:2 + T]                                            # (layers, heads, T)
-        if changes.get("scope") == "asked" or changes.get("wire"):
+        if changes:
             stay = [[[0, 1, *(2 + t for t in head)] for head in layer] for layer in highest(score, 9)]
         else:
             flat = torch.zeros(score.numel(), dtype=torch.bool)
@@ -775,7 +775,7 @@ def test_what_is_needed_most_stays(tiny, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(scope="prompt"), dict(scope="asked")], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(scope="asked")], ids=str)
 def test_packed_latents_are_read_as_they_are(tiny, changes):
     """Without the places that nobody holds, ragged layers, and their pads."""
     wire, prompt, items = make_wire(tiny, **changes)
@@ -783,7 +783,7 @@ def test_packed_latents_are_read_as_they_are(tiny, changes):
     latents = wire.latents(batch)
     packed = latents.packed()
     widths = {keys.shape[2] for keys in packed.keys}
-    assert max(widths) < latents.keys[0].shape[2] and (len(widths) > 1) == (changes.get("scope") != "asked")
+    assert max(widths) < latents.keys[0].shape[2] and (len(widths) > 1) == (changes == {})
     assert torch.allclose(wire.logits(batch, packed), wire.logits(batch, latents), atol=1e-4)
     assert torch.allclose(packed.rms(), latents.rms()) and packed.rms() > 0
     rows = [wire.layout.after(items[i]) for i in (0, 6)]
@@ -2381,6 +2381,21 @@ def test_paired_differences_are_of_the_same_questions():
     other = answered("text", dict(p="no"), "no")  # another file's question of that number
     assert report.paired(a, "latent", other, "text") == "-"
     assert report.paired(a, "latent", a, "latent") == "-" == report.paired(a, "latent", answered("text", {}), "text")
+
+
+def test_scores_by_kind_of_answer(tmp_path, monkeypatch):
+    said = {"5 May": "date", "in May 1999": "date", "1990s": "date", "1,990": "number", "19th century": "date",
+            "the May Queen": "name", "a queen": "other words", "iPod": "name"}
+    assert {answer: results.kind_of(answer) for answer in said} == said
+    (tmp_path / "2026-01-01_smollm2_squad_x/eval").mkdir(parents=True)
+    records = [{"id": str(n), "golds": [gold], "latent": "iPod", "prompt": ""} for n, gold in enumerate(said)]
+    write_atomic(tmp_path / "2026-01-01_smollm2_squad_x/eval/predictions.jsonl", "\n".join(map(json.dumps, records)))
+    write_atomic(tmp_path / "2026-01-01_smollm2_squad_x/eval/metrics.json", '{"avg_prompt_tokens": {"m": 1}}')
+    monkeypatch.setattr(results, "RUNS", tmp_path)
+    table = results.block("kinds", ["latent@2026-01-01_smollm2_squad_x"]).split("\n")
+    assert table[0] == "| Run | Row | date | number | name | other words |"
+    assert table[2] == ("| x | latent | 0.0% [0.0, 0.0], n = 4 | 0.0% [0.0, 0.0], n = 1 | 50.0% [0.0, 100.0], n = 2 | "
+                        "0.0% [0.0, 0.0], n = 1 |")
 
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
