@@ -65,8 +65,8 @@ from data import LATENT, PAD, Example, Prompt, pad, whole
 from export import export
 from lm import embed, generate, importance, lm_identity, load_lm, use_lora
 from model import LatentWire, budgets, untrained
-from store import (Checkpoint, Document, encode, join, load_document, load_wire, payload_bytes, place_values, printable,
-                   read_checkpoint, save_document)
+from store import (Checkpoint, Document, encode, join, load_document, load_wire, printable, read_checkpoint,
+                   save_document, stored_bytes)
 
 BATCH = 25  # questions at once
 
@@ -215,7 +215,7 @@ def read_document(args, wire, saved):
         log(f"notice: this wire was trained for {size}")
     document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem, ids)
     places = int(document.latents.length) - before * (config.wire == "embeds")  # waits for a GPU, too
-    size = payload_bytes(places * place_values(wire.lm, config.wire), args.format)
+    size = stored_bytes(wire.lm, config, places, args.format)
     log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
         f"{size:,} bytes of latents in {args.format}, {time.perf_counter() - began:.2f} s")
     if args.save:

@@ -62,7 +62,7 @@ from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
 from rows import (ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, read_latents, rows_of, split_row,
                   summary, words_of)
-from store import FORMATS, GROUP, SCALE_BITS, load_wire, payload_bytes, place_values, read_checkpoint
+from store import FORMATS, GROUP, SCALE_BITS, load_wire, place_values, read_checkpoint, stored_bytes
 
 
 SHOWN = 20  # questions of which is written down what the wire keeps
@@ -195,10 +195,10 @@ def compare(metrics, records, upper):
     return lines
 
 
-def values_sent(result, n, wire):
-    """How many values the stored latents of n texts are, with those of the text before them where the wire sends it."""
+def bytes_sent(result, n, wire, kind):
+    """Bytes of the stored latents of n texts, with those of the text before them where the wire sends it."""
     before = n * len(wire.layout.before) if wire.config.wire == "kv" else 0
-    return (round(result["stored"] * n) + before) * place_values(wire.lm, wire.config.wire)
+    return stored_bytes(wire.lm, wire.config, round(result["stored"] * n) + before, kind)
 
 
 def kept_words(wire, item, M, ratio):
@@ -223,7 +223,7 @@ def describe_latents(metrics, name, result, prompt, items, wire, form):
     metrics["compression"] = {name: result["source_tokens"] / max(result["latents"], 1e-9)}
     metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
     values = place_values(wire.lm, wire.config.wire)
-    bytes_of = {kind: payload_bytes(values_sent(result, n, wire), kind) for kind in FORMATS}
+    bytes_of = {kind: bytes_sent(result, n, wire, kind) for kind in FORMATS}
     metrics["payload_bytes"] = bytes_of[form]
     metrics["payload_bytes_detail"] = {**bytes_of, "selected": form}
     texts = [item.example.context.encode("utf-8", "surrogatepass") for item in items]  # what the latents stand in for
@@ -335,7 +335,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             if split_row(row)[0] == "latent" and not split_row(row)[1]:
                 metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {
                     **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")},
-                    "bytes": payload_bytes(values_sent(result, len(items), wire), form)}
+                    "bytes": bytes_sent(result, len(items), wire, form)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             comparison = compare(metrics, records, upper)

@@ -8,12 +8,11 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
-    importance     how much a head needs a token of the source while the LM reads it again; in scopes asked and prompt,
-                   how much a layer needs it where the reader is about to answer
+    importance     how much a head needs a token of the source while the LM reads it again; in scope prompt, and for a
+                   question in scope asked, how much a layer needs it where the reader is about to answer
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
-                   average, in scopes asked and prompt M in each: a head that needs the source more than another has
-                   more of them. wire embeds: a vector of the LM's width for one of the tokens that the heads together
-                   need most.
+                   average: a head that needs the source more than another has more of them (but M in scope prompt).
+                   wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
     reader         the frozen LM with its LoRA set `reader`: reads latents and text, and answers
@@ -22,7 +21,8 @@ Words, one meaning each:
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and of it each layer sees the M that it needs for a question
+                   alone: a document is stored at --ratio, and of it a question sees M: most are what each layer needs
+                   for it, the rest what is needed anyway
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
@@ -161,6 +161,7 @@ class Latents:
     keys: list = None
     values: list = None
     prefix: object = None
+    need: list = None  # (B, heads, N) a layer: how much a head needs each place anyway; where a question chooses later
 
     def rms(self):
         """Root mean square of the latents as the reader gets them."""
@@ -195,7 +196,7 @@ class Latents:
         number = [ascending(held)[..., :n] for held, n in zip(self.held, width)]
         pick = lambda side: side and [y.take_along_dim(n.view(*n.shape, *(1,) * (y.ndim - 3)), 2)
                                       for y, n in zip(side, number)]
-        return replace(self, held=pick(self.held), kept=pick(self.kept), keys=pick(self.keys), values=pick(self.values))
+        return Latents(self.length, *map(pick, (self.held, self.kept, self.keys, self.values)), need=pick(self.need))
 
 
 class Adapter(nn.Module):
@@ -211,6 +212,9 @@ class Adapter(nn.Module):
 
     def forward(self, h, base):
         return base + self.rms * self.out(h)
+
+
+OWN = 0.75  # which share of what a question sees is its own choice
 
 
 class LatentWire(nn.Module):
@@ -313,7 +317,7 @@ class LatentWire(nn.Module):
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
         the others). The LM reads before and text with the encoder's LoRA, and behind them, without gradient, what tells
-        how much each token is needed (`keeps`). each: every head holds as many, as where a question chooses, and no
+        how much each token is needed (`needed`). each: every head holds as many, as where a question chooses, and no
         others are there."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
@@ -326,38 +330,38 @@ class LatentWire(nn.Module):
                               use_cache=True).last_hidden_state
         keys, values = zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
         each = each or self.config.scope != "context"  # what `looked_at` says of two layers does not compare
-        held = [of_documents(stays, source) for stays in self.keeps(source, keys, values, each)]
+        real, H, late = source.ids != PAD, len(self.layout.before), self.config.scope == "asked"
+        held, need = [real[:, None]] * len(keys), None
+        if late or not source.whole:
+            need = self.needed(source, keys, values)
+        if not source.whole:
+            held = best(need, held, H, source.share, each)
+        held = [of_documents(stays, source) for stays in held]
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
-            latent = kept[:, 0, len(self.layout.before):, None]
+            latent = kept[:, 0, H:, None]
             base, hidden = (of_documents(y[:, None], source)[:, 0] for y in (embeds, hidden))
             base, hidden = (y.gather(1, latent.expand(-1, -1, y.shape[2])).float() for y in (base, hidden))
             there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
             return Latents(source.length, [there], [kept], prefix=self.adapter(hidden, base))
-        keys = turn(lm, keys, source.by[:, None] * (position >= len(self.layout.before)))
-        keys, values = ([of_documents(y, source) for y in side] for side in (keys, values))
+        keys = turn(lm, keys, source.by[:, None] * (position >= H))
+        keys, values, need = (side and [of_documents(y, source) for y in side]
+                              for side in (keys, values, need if late else None))
         place = torch.arange(source.flat.shape[1], device=embeds.device).expand(len(source.flat), 1, -1)
-        latents = Latents(source.length, held, [place] * len(keys), keys, values)
+        latents = Latents(source.length, held, [place] * len(keys), keys, values, need=need)
         return latents.packed([source.most] * len(keys)) if each else latents
 
-    def keeps(self, source, keys, values, each=False):
-        """Which places of the encoder's pass stay as latents or text before them: (C, heads, W) bool a layer, so many
-        for each head as it needs them more than others do, or as many for every head (each); or one (C, 1, W), as a
-        vector of an embeds wire needs it."""
-        real, H = source.ids != PAD, len(self.layout.before)
-        held = [real[:, None]] * len(keys)
-        if source.whole:
-            return held
+    def needed(self, source, keys, values):
+        """How much each place of the encoder's pass is needed, by which it stays: (C, heads, W) a layer; or one
+        (C, 1, W) a layer, as a vector of an embeds wire needs it."""
+        real = source.ids != PAD
         keys, values = ([part.detach() for part in side] for side in (keys, values))
-        text = Latents(real.sum(1), held, None, keys, values)
+        text = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
         if self.layout.asks:
-            found = self.looked_at(text, source.asks)
-        else:
-            found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
+            return self.looked_at(text, source.asks)
+        found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
         found = [score[..., :real.shape[1]] for score in found]
-        if self.config.wire == "embeds":
-            found = [torch.stack(found).amax((0, 2))[:, None]]
-        return best(found, held, H, source.share, each)
+        return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found
 
     def looked_at(self, latents, asks):
         """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
@@ -375,11 +379,15 @@ class LatentWire(nn.Module):
         return found
 
     def choose(self, latents, asks, M=None):
-        """Of Latents the M (default: what the wire was trained for) that each layer needs most for asks (B, S), token
-        ids with PAD right: the late choice of scope asked."""
-        count = torch.full_like(latents.length, M or max(budgets(self.config)))
-        scores = self.looked_at(latents, asks)
-        return replace(latents, held=best(scores, latents.held, len(self.layout.before), count, each=True))
+        """Of Latents the M (default: what the wire was trained for) that a question sees, by asks (B, S), token ids
+        with PAD right: the late choice of scope asked. A share OWN of them are what each layer needs most for it; the
+        rest, of all layers and heads, what they need most whatever is asked."""
+        M, H = M or max(budgets(self.config)), len(self.layout.before)
+        own = torch.full_like(latents.length, round(OWN * M))
+        stays = best(self.looked_at(latents, asks), latents.held, H, own, each=True)
+        rest = [need.masked_fill(stay, -1) for need, stay in zip(latents.need, stays)]
+        rest = best(rest, latents.held, 0, M - own, each=False)
+        return replace(latents, held=[one | other for one, other in zip(stays, rest)])
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""

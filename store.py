@@ -69,7 +69,8 @@ def through(latents, kind):
         return latents
     arrive = lambda x: dequantise(*quantise(x, kind)).to(x.dtype)
     keys, values = ([arrive(x) for x in part] if part else None for part in (latents.keys, latents.values))
-    return replace(latents, keys=keys, values=values, prefix=arrive(latents.prefix) if keys is None else None)
+    return replace(latents, keys=keys, values=values, prefix=arrive(latents.prefix) if keys is None else None,
+                   need=latents.need and [x.half().float() for x in latents.need])
 
 
 def place_values(lm, wire):
@@ -79,6 +80,14 @@ def place_values(lm, wire):
         return config.hidden_size
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+
+
+def stored_bytes(lm, config, places, kind):
+    """Bytes of so many cached places as latents of a wire of that WireConfig: in scope asked with how much each head
+    needs each, by which a question chooses."""
+    heads = lm.config.num_hidden_layers * lm.config.num_key_value_heads
+    need = heads * (4 if kind == "fp32" else 2) if config.scope == "asked" else 0
+    return payload_bytes(places * place_values(lm, config.wire), kind) + places * need
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,13 +143,15 @@ def join(wire, parts):
     kept = [*beside([part.kept for part in parts])] if all(part.kept for part in parts) else None
     if not turned:
         return Latents(length, held, kept, prefix=torch.cat([part.prefix for part in parts], 1))
-    return Latents(length, held, kept, [*beside(turned)], [*beside([part.values for part in parts])])
+    need = [*beside([part.need for part in parts])] if parts[0].need else None
+    return Latents(length, held, kept, [*beside(turned)], [*beside([part.values for part in parts])], need=need)
 
 
 # A document's file is safetensors:
 #                keys, values     (P, d_head) of a kv wire: those of the first layer's first head, the text before in
 #                                 front of the latents, then the next head's, and
-#                places           (layers, heads) how many each has, P in all; or
+#                places           (layers, heads) how many each has, P in all; in scope asked also
+#                need             (P,) how much each head needs each, float16 (float32 beside fp32); or
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
 # its metadata:  format, kind, how many places are `before`, SHA-256 of the checkpoint's weights, identity of the LM,
@@ -160,6 +171,9 @@ def save_document(path, document, kind, saved, identity, source):
         tensors = {"places": torch.stack([h.sum(-1) for h in held]).to("cpu", torch.int32)}
         parts = {name: torch.cat([y[0][there] for y, there in zip(getattr(latents, name), held)])
                  for name in ("keys", "values")}
+    if latents.need:
+        need = torch.cat([need[0][there] for need, there in zip(latents.need, held)])
+        tensors["need"] = need.to("cpu", torch.float32 if kind == "fp32" else torch.float16)
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
@@ -215,7 +229,8 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     held = [torch.arange(width, device=device) < there[None, :, None].to(device)
             for there, width in zip(places, widths)]
     length = torch.tensor([round(sum(each) / len(each))], device=device)
-    return Document(Latents(length, held, None, layers("keys"), layers("values")), before, about["title"])
+    need = layers("need") if "need" in tensors else None
+    return Document(Latents(length, held, None, layers("keys"), layers("values"), need=need), before, about["title"])
 
 
 def printable(text):

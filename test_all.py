@@ -807,8 +807,9 @@ def test_latents_of_a_chunk_are_those_of_its_text_alone(tiny):
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
-def test_a_question_sees_what_each_layer_needs_for_it(tiny, ratio):
-    """Of a stored document, whatever its batch; the keys stay where they are, and the question behind them all."""
+def test_a_question_sees_what_is_needed_for_it_and_anyway(tiny, ratio):
+    """Of a stored document, whatever its batch: 9 a head are 7 of each layer's for it, and 2 that all heads share. The
+    keys stay where they are, and the question behind them all."""
     wire, prompt, items = make_wire(tiny, scope="asked", ratio=ratio)
     texts, asks = [items[0].context, items[6].context[:20]], [prompt.after(items[0]), prompt.after(items[7])[-5:]]
     stored = [wire.encode(wire.source([text], [wire.stored(len(text))])).packed() for text in texts]
@@ -816,13 +817,25 @@ def test_a_question_sees_what_each_layer_needs_for_it(tiny, ratio):
     chosen = wire.choose(both, data.pad(asks, data.PAD), 9)
     assert chosen.length.tolist() == [2 + wire.stored(len(text)) for text in texts]
     for b, (each, ask_) in enumerate(zip(stored, asks)):
-        count = min(9, each.held[0].shape[-1] - 2)
+        N = each.held[0].shape[-1]
+        own = torch.zeros(4, 2, N, dtype=torch.bool)
         for layer, score in enumerate(looked_at(wire, ask_, each)):
             for h in range(2):
-                mine = [0, 1, *(2 + n for n in highest(score[h, 2:], count))]
-                assert chosen.held[layer][b, h].nonzero()[:, 0].tolist() == mine
-                assert torch.allclose(chosen.keys[layer][b, h, mine], each.keys[layer][0, h, mine], atol=1e-5)
-                assert torch.allclose(chosen.values[layer][b, h, mine], each.values[layer][0, h, mine], atol=1e-5)
+                own[layer, h, [0, 1, *(2 + n for n in highest(score[h, 2:], 7))]] = True
+        need = torch.stack([need[0] for need in each.need]).masked_fill(own, -1)
+        if ratio == 0:  # every token is stored, and what it is needed for when the text is read again is known
+            again = np.concatenate([prompt.repeat, texts[b]]).astype(int)
+            theirs = importance(wire.lm, embed(wire.lm, torch.tensor(again)[None]), torch.ones(1, len(again)) > 0, each)
+            assert all(torch.allclose(mine, one[..., :N], atol=1e-4) for mine, one in zip(each.need, theirs))
+        rest = torch.zeros(own.numel(), dtype=torch.bool)
+        rest[highest(need.flatten(), min(2 * 8, int((~own).sum())))] = True
+        wanted = own | rest.view(own.shape)
+        assert wanted.sum() == min(11, N) * 8
+        for layer, held in enumerate(wanted):
+            assert torch.equal(chosen.held[layer][b, :, :N], held) and not chosen.held[layer][b, :, N:].any()
+            for side in ("keys", "values"):
+                ours, theirs = getattr(chosen, side)[layer][b, :, :N][held], getattr(each, side)[layer][0][held]
+                assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
@@ -1934,6 +1947,7 @@ def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
     assert ratio == f"{int(tokens) / int(latents):.1f}"
     sizes = {name: x.numel() * 4 for name, x in load_file(doc).items()}  # nothing of the text
     assert int(size.replace(",", "")) == sum(sizes.values()) - sizes.get("places", 0) and sizes.get("places", 0) <= 32
+    assert ("need" in sizes) == (changes.get("scope") == "asked")
     ask_with(ckpt, "--load", doc, "--question", ASKED)
     assert capsys.readouterr().out == out
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", tmp_path / "small", "--format", "int4")
