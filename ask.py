@@ -119,7 +119,7 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
             raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
     latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.length.device))
     needed = needs(wire, latents, items)
-    if wire.config.scope == "asked":
+    if wire.layout.late:
         latents = wire.choose(latents, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
@@ -146,14 +146,14 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
 def inspect(wire, document, latents, question, args):
     """Print which tokens of a document (of Latents) are kept, and which of them the answer to a question rests on."""
     item, = wire.prompt.items([Example("", "", question, ("",))])
-    if wire.config.scope == "asked":
+    if wire.layout.late:
         latents = wire.choose(latents, pad([wire.layout.after(item)], PAD).to(wire.lm.device), args.latents)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
     words = [printable(tokenizer.decode([token])) for token in ids]
     M, which = int(latents.length) - before, "are kept" if latents.keys is None else "a head keeps on average"
-    if wire.config.scope == "asked":
-        M, which = min(M, args.latents or max(budgets(wire.config))), "the question sees in each layer"
+    if wire.layout.late:
+        M, which = min(M, args.latents or max(budgets(wire.config))), "the question sees in a head on average"
     print(f"{len(ids)} tokens, {M} of which {which}. "
           f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
     often = latents.of_tokens(len(ids), before)

@@ -213,7 +213,8 @@ def bench_profile(args):
     """A training step of the kv wire under torch.profiler; a phase counts without those inside it. On a GPU a phase is
     what the processor takes to launch it, an operator what its kernels take."""
     wire, items = setup(args)
-    phases = {"encode": "first reading, forward", "needed": "second reading", "logits": "reader, forward"}
+    phases = {"read": "first reading, forward", "needed": "second reading", "encode": "choice",
+              "logits": "reader, forward"}
     for name in phases:
         setattr(wire, name, record_function(name)(getattr(wire, name)))
     run = step_of(wire, questions_of(args, items))
@@ -223,7 +224,7 @@ def bench_profile(args):
         whole = seconds(lambda: [run() for _ in range(args.repeats)]) / args.repeats
     found = [event for event in profiled.key_averages() if event.device_type == DeviceType.CPU]
     took = {event.key: event.cpu_time_total / 1e6 / args.repeats for event in found}
-    took["encode"] -= took["needed"]
+    took["encode"] -= took["read"] + took["needed"]
     by_phase = {text: took[name] for name, text in (phases | {
         "backward": "backward", "optimizer": "optimizer", "collate": "collate"}).items()}
     by_phase["loss and the rest"] = whole - sum(by_phase.values())

@@ -354,11 +354,13 @@ class Item:
 @dataclass(frozen=True)
 class Layout:
     """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item).
-    asks(item): what the reader reads behind the source to find what is needed of it; without it the source again."""
+    asks(item): what the reader reads behind the source to find what is needed of it; without it the source again.
+    late: whether each question chooses among the latents of a source later."""
     before: np.ndarray
     source: Callable
     after: Callable
     asks: Callable | None = None
+    late: bool = False
 
 
 class Prompt:
@@ -489,7 +491,7 @@ class Prompt:
         if scope == "prompt":
             source = lambda item: np.concatenate([item.question, item.context])
             return Layout(before, source, lambda item: end, self.after)
-        return Layout(before, lambda item: item.context, self.after)
+        return Layout(before, lambda item: item.context, self.after, late=scope == "asked")
 
     def report_cuts(self, what):
         """Say how many contexts were cut, if any were."""

@@ -261,7 +261,7 @@ class LatentWire(nn.Module):
     def stored(self, length, M=None, ratio=None):
         """How many latents a source of `length` tokens is stored in: M, or ceil(length / ratio), never more than
         there are tokens. Without either, what the wire was trained for, of several the most."""
-        if self.config.scope == "asked":
+        if self.layout.late:
             return budget(length, None, ratio or self.config.ratio or 1.0)
         ratio = self.config.ratio if M is None and ratio is None else ratio
         return budget(length, M or max(budgets(self.config)), ratio)
@@ -294,7 +294,7 @@ class LatentWire(nn.Module):
         if self.config.wire == "embeds":
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
             batch = pack(list(zip(slots, asked, more)))
-        elif self.config.scope == "asked":  # each sees latents of its own, so it has a row of its own
+        elif self.layout.late:  # each sees latents of its own, so it has a row of its own
             alone = [(b, [one], []) for b, row in enumerate(asked) for one in row]
             alone += [(b, [], [one]) for b, row in enumerate(more) for one in row]
             documents = [b for b, *_ in alone]
@@ -314,11 +314,9 @@ class LatentWire(nn.Module):
 
     # -- passes
 
-    def encode(self, source, each=False):
-        """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
-        the others). The LM reads before and text with the encoder's LoRA, and behind them, without gradient, what tells
-        how much each token is needed (`needed`). each: every head holds as many, as where a question chooses, and no
-        others are there."""
+    def read(self, source):
+        """The encoder's pass: what it reads and what becomes of it, (C, W, d) each, and its keys and values, a tensor
+        (C, heads, W, d_head) a layer."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
@@ -328,12 +326,18 @@ class LatentWire(nn.Module):
         with use_lora(lm, "encoder"):  # padding is on the right, where nothing sees it: plain causal attention does
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
-        keys, values = zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
-        each = each or self.config.scope != "context"  # what `looked_at` says of two layers does not compare
-        real, H, late = source.ids != PAD, len(self.layout.before), self.config.scope == "asked"
-        held, need = [real[:, None]] * len(keys), None
-        if late or not source.whole:
-            need = self.needed(source, keys, values)
+        return embeds, hidden, *zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
+
+    def encode(self, source, each=False):
+        """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
+        the others). The LM reads before and text with the encoder's LoRA (`read`), and behind them, without gradient,
+        what tells how much each token is needed (`needed`). each: every head holds as many, as where a question
+        chooses, and no others are there."""
+        layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
+        embeds, hidden, keys, values = self.read(source)
+        need = self.needed(source, keys, values) if layout.late or not source.whole else None
+        each = each or layout.late or layout.asks is not None  # what `looked_at` says of two layers does not compare
+        held = [real[:, None]] * len(keys)
         if not source.whole:
             held = best(need, held, H, source.share, each)
         held = [of_documents(stays, source) for stays in held]
@@ -341,13 +345,14 @@ class LatentWire(nn.Module):
             kept = ascending(held[0])[..., :source.most]
             latent = kept[:, 0, H:, None]
             base, hidden = (of_documents(y[:, None], source)[:, 0] for y in (embeds, hidden))
-            base, hidden = (y.gather(1, latent.expand(-1, -1, y.shape[2])).float() for y in (base, hidden))
+            base, hidden = (y.take_along_dim(latent, 1).float() for y in (base, hidden))
             there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
             return Latents(source.length, [there], [kept], prefix=self.adapter(hidden, base))
-        keys = turn(lm, keys, source.by[:, None] * (position >= H))
+        place = torch.arange(source.ids.shape[1], device=real.device)
+        keys = turn(self.lm, keys, source.by[:, None] * (place >= H))
         keys, values, need = (side and [of_documents(y, source) for y in side]
-                              for side in (keys, values, need if late else None))
-        place = torch.arange(source.flat.shape[1], device=embeds.device).expand(len(source.flat), 1, -1)
+                              for side in (keys, values, need if layout.late else None))
+        place = torch.arange(source.flat.shape[1], device=real.device).expand(len(source.flat), 1, -1)
         latents = Latents(source.length, held, [place] * len(keys), keys, values, need=need)
         return latents.packed([source.most] * len(keys)) if each else latents
 

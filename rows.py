@@ -246,14 +246,14 @@ def read_latents(row, wire, items, others, M, ratio, form):
                                           [given[b] for b in alone]).to(device))
         latents = through(latents.packed(), form)
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
-        if wire.config.scope == "asked":
+        if layout.late:
             latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M).packed()
     done = {"source_tokens": sum(map(len, texts)), "stored": sum(counts)}
     if wire.config.wire == "embeds":
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
                 for n, item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
-    seen = sum(min(n, M or max(budgets(wire.config))) for n in counts) if wire.config.scope == "asked" else sum(counts)
+    seen = sum(min(n, M or max(budgets(wire.config))) if layout.late else n for n in counts)
     done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
     return latents, [layout.after(item) for item in items], done
 
@@ -262,7 +262,7 @@ def read_text(row, wire, lm, prompt, items, M, ratio, rare):
     """The token ids that a row without latents reads. M, ratio: see `evaluate_row`; where a document is stored at a
     ratio, M alone says how much of it is read."""
     layout = wire.layout if wire else prompt.layout("context")
-    ratio = None if wire and wire.config.scope == "asked" else ratio
+    ratio = None if layout.late else ratio
     counts = [budget(len(layout.source(item)), M, ratio) for item in items]
     kept = kept_tokens(row.keep, lm, prompt, items, counts, rare) if row.keep else items
     return [row.reads(prompt, item, text) for item, text in zip(items, kept)]

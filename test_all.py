@@ -2122,7 +2122,7 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
     out = capsys.readouterr().out
     shown, looks = out.split("its first token looks at the latents of")
     assert "\x1b" not in out and "log-probability -" in out and "from the first 8 tokens" in out
-    which = {"asked": "the question sees in each layer"}.get(changes.get("scope"), "a head keeps on average")
+    which = {"asked": "the question sees in a head on average"}.get(changes.get("scope"), "a head keeps on average")
     assert f"8 of which {'are kept' if changes.get('wire') == 'embeds' else which}." in shown
     assert "#" in shown.split("question  ")[0]
     found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
