@@ -108,6 +108,17 @@ def needs(wire, latents, items):
     return [layer[..., :width] for layer, width in zip(found, widths)]
 
 
+def of_each(documents, before, needed):
+    """(D,) how much of what is needed (`needs`, of one answer: (heads, N) a layer) stands in each of joined documents,
+    which hold unequal numbers of places in a layer. before: how many places stand in front of them."""
+    share = torch.zeros(len(documents))
+    for number, layer in enumerate(needed):
+        held = [document.latents.held[number % len(document.latents.held)] for document in documents]
+        parts = layer[:, before:].split([each.shape[-1] - before for each in held], 1)
+        share += torch.stack([part.sum() for part in parts]).cpu()
+    return share
+
+
 def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     """For each question {"question", "answer", "probability": of the answer's tokens, "document": of several, the title
     of the one that its first token needs most, "near": where its text is there, the words that it needs most}.
@@ -124,16 +135,12 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
         reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
+        before, one = documents[0].before, [layer[b] for layer in needed]
         if len(documents) > 1:
-            share, H = torch.zeros(len(documents)), len(wire.layout.before)
-            for number, layer in enumerate(needed):  # the layers differ in how many places they hold of each
-                widths = [document.latents.held[number % len(document.latents.held)].shape[-1] - H
-                          for document in documents]
-                share += torch.stack([part.sum().cpu() for part in layer[b, :, H:].split(widths, 1)])
-            reply["document"] = printable(documents[int(np.argmax(share))].title)
+            reply["document"] = printable(documents[int(of_each(documents, before, one).argmax())].title)
         elif documents[0].ids is not None:
-            ids, one = documents[0].ids, [layer[b] for layer in needed]
-            share = together.of_tokens(len(ids), documents[0].before, one)
+            ids = documents[0].ids
+            share = together.of_tokens(len(ids), before, one)
             at = int(share.argmax())
             reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
         found.append(reply)

@@ -135,16 +135,18 @@ def join(wire, parts):
 
     def beside(sides):
         """Of each part a tensor (1, heads or 1, N, ...) a layer -> those of all, the text before once."""
+        if not all(sides):
+            return None
+        found = []
         for layer in zip(*sides):
             heads = max(y.shape[1] for y in layer)
             new = [y[:, :, H if number else 0:] for number, y in enumerate(layer)]
-            yield torch.cat([y.expand(-1, heads, *y.shape[2:]) for y in new], 2)
-    held = [*beside([part.held for part in parts])]
-    kept = [*beside([part.kept for part in parts])] if all(part.kept for part in parts) else None
+            found.append(torch.cat([y.expand(-1, heads, *y.shape[2:]) for y in new], 2))
+        return found
+    of = lambda name: beside([getattr(part, name) for part in parts])
     if not turned:
-        return Latents(length, held, kept, prefix=torch.cat([part.prefix for part in parts], 1))
-    need = [*beside([part.need for part in parts])] if parts[0].need else None
-    return Latents(length, held, kept, [*beside(turned)], [*beside([part.values for part in parts])], need=need)
+        return Latents(length, of("held"), of("kept"), prefix=torch.cat([part.prefix for part in parts], 1))
+    return Latents(length, of("held"), of("kept"), beside(turned), of("values"), need=of("need"))
 
 
 # A document's file is safetensors:
@@ -224,13 +226,14 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
         return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix), before, about["title"])
     places = tensors["places"]
     each, widths = places.flatten().tolist(), places.amax(1).tolist()
-    layers = lambda name: [side[None, :, :width] for side, width in zip(
-        pad_sequence(part(name).split(each), True).unflatten(0, places.shape), widths)]
+    layers = lambda flat: [side[None, :, :width] for side, width in zip(
+        pad_sequence(flat.split(each), True).unflatten(0, places.shape), widths)]
     held = [torch.arange(width, device=device) < there[None, :, None].to(device)
             for there, width in zip(places, widths)]
     length = torch.tensor([round(sum(each) / len(each))], device=device)
-    need = layers("need") if "need" in tensors else None
-    return Document(Latents(length, held, None, layers("keys"), layers("values"), need=need), before, about["title"])
+    need = layers(tensors["need"].float().to(device)) if "need" in tensors else None
+    latents = Latents(length, held, None, layers(part("keys")), layers(part("values")), need=need)
+    return Document(latents, before, about["title"])
 
 
 def printable(text):
