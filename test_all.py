@@ -462,6 +462,7 @@ def test_what_is_generated_is_what_was_trained(family, M, ratio):
     """Left padding, windows, chosen places; the answers' scores; packed rows. The text before has 2 tokens."""
     wire, prompt, items = family
     wire.config.scope = "asked" if ratio else "context"
+    wire.layout = prompt.layout(wire.config.scope)
     answer = lambda items: evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items, wire, M, ratio, 4, batch=3)
     said = [replace(item, answer=np.array([*ids, 2])) for item, ids in zip(items, answer(items)["ids"])]
     batch = wire.collate([said[:2], said[2:3], said[3:]], lambda T: wire.stored(T, M, ratio), M)
@@ -783,7 +784,7 @@ def test_packed_latents_are_read_as_they_are(tiny, changes):
     latents = wire.latents(batch)
     packed = latents.packed()
     widths = {keys.shape[2] for keys in packed.keys}
-    assert max(widths) < latents.keys[0].shape[2] and (len(widths) > 1) == (changes == {})
+    assert max(widths) < latents.keys[0].shape[2] and len(widths) > 1
     assert torch.allclose(wire.logits(batch, packed), wire.logits(batch, latents), atol=1e-4)
     assert torch.allclose(packed.rms(), latents.rms()) and packed.rms() > 0
     rows = [wire.layout.after(items[i]) for i in (0, 6)]
@@ -864,7 +865,7 @@ def test_how_many_latents(tiny):
     assert [wire.stored(*given) for given in ((100,), (100, 4), (3,), (101, None, 8.0))] == [8, 4, 3, 13]
     wire.config.ratio = 8.0  # what it was trained for, unless told otherwise
     assert [wire.stored(100), wire.stored(100, 4)] == [13, 4]
-    wire.config.scope = "asked"  # where --latents is what a question sees
+    wire.layout = wire.prompt.layout("asked")  # where --latents is what a question sees
     assert [wire.stored(100, 4), wire.stored(100, 4, 2.0)] == [13, 50]
     wire.config.ratio = 0.0
     assert wire.stored(100, 4) == 100
@@ -1969,8 +1970,8 @@ def test_a_long_text_costs_its_chunks(files, changes):
         hook.remove()
     cue, wanted = len(wire.prompt.repeat), []
     for begin, end, share in divide(len(ids), count, wire.chunk):
-        wanted += [(1, H + end - begin)] + [(1, cue + end - begin)] * (share < end - begin)
-    assert read == wanted and len(read) == (5 if count == len(ids) else 10)
+        wanted += [(1, H + end - begin), (1, cue + end - begin)]
+    assert read == wanted and len(read) == 10
     assert latents.length.tolist() == [H + count]
     if latents.keys is None:
         assert torch.allclose(latents.prefix, at_once.prefix, atol=1e-4)
@@ -2495,7 +2496,7 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     train_, answer, scale = (found[part]["result"] for part in ("train", "answer", "scale"))
     assert {"kv", "embeds", "tokens truncated", "tokens all"} <= train_["seconds"].keys()
     assert all(0 < seconds < math.inf for seconds in train_["seconds"].values())
-    assert answer["128"]["cache_mb"]["text"] > 3 * answer["128"]["cache_mb"]["latents"] > 0
+    assert answer["128"]["cache_mb"]["text"] > answer["128"]["cache_mb"]["latents"] > 0
     assert all(math.isfinite(power) for rule in scale.values() for power in rule["exponents"].values())
     spent = found["profile"]["result"]
     assert all(0 < time < spent["step"] for time in [*spent["phases"].values(), *spent["operators"].values()])
