@@ -362,13 +362,13 @@ def _beside(cached, own):
     return torch.cat([cached.expand(B, heads, S, -1), own.expand(B, heads, S, -1)], 3)
 
 
-def _attend_behind(module, query, key, value, attention_mask, cached=None, **kwargs):
+def _attend_behind(module, query, key, value, attention_mask, dropout=0.0, *, cached=None, **kwargs):
     """SDPA, behind cached places of which every layer and head has its own; cached: what `behind` returns."""
     if cached is not None:
         attention_mask = _beside(cached[module.layer_idx], attention_mask)
         if attention_mask.shape[1] > 1:  # key-value heads -> query heads
             attention_mask = attention_mask.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
 
 
 AttentionInterface.register("behind", _attend_behind)
