@@ -2001,27 +2001,31 @@ def test_counts_the_wire_was_not_trained_for_are_said(files, tmp_path, capsys):
 
 @torch.no_grad()
 def test_documents_of_which_a_head_holds_more_than_another(files, tmp_path):
-    """Joined from files: what each head held, behind each other; the reader makes of it what each alone tells it."""
+    """Joined from files: what each head held, one behind the other, packed or not; and whose an answer needs."""
     ckpt, wire = files()
-    H, item, parts = len(wire.layout.before), item_of(wire), []
-    for number, text in enumerate((SHORT, TEXT[300:900])):
+    H, item, documents = len(wire.layout.before), item_of(wire), []
+    for text in (SHORT, TEXT[300:900]):
         (tmp_path / "text.txt").write_text(text)
         ask_with(ckpt, "--context", tmp_path / "text.txt", "--save", tmp_path / "doc", "--format", "fp32")
-        parts.append(load_document(tmp_path / "doc").latents)
+        documents.append(load_document(tmp_path / "doc"))
+    parts = [document.latents for document in documents]
     together = join(wire, parts)
     assert together.length.tolist() == [H + 16]
     counts = [torch.cat([held.sum(-1) for held in latents.held], 1) for latents in (together, *parts)]
     assert torch.equal(counts[0] + H, counts[1] + counts[2]) and counts[0].float().mean() == H + 16
     assert counts[1].unique().numel() > 1
-    # A head sees both: all weights that the question gives are those of the two apart, as far as it looks at each.
-    packed, row = together.packed(), [wire.layout.after(item)]
+    row = [wire.layout.after(item)]
     with use_lora(wire.lm, "reader"):
-        told, again = (generate(wire.lm, wire.prompt.tokenizer, row, latents) for latents in (together, packed))
+        told, again = (generate(wire.lm, wire.prompt.tokenizer, row, each) for each in (together, together.packed()))
     assert told.ids == again.ids
-    swapped = join(wire, parts[::-1])
-    back = [turn(wire.lm, [k[:, :, part.held[n].shape[-1]:] for n, k in enumerate(swapped.keys)],
-                 torch.tensor([[-8]])) for part in parts[1:]][0]
-    assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[0].keys))
+    second = [k[:, :, part.shape[2]:] for k, part in zip(together.keys, parts[0].keys)]
+    back = turn(wire.lm, second, torch.tensor([[-8]]))
+    assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
+    for number in (0, 1):  # a value of length 0 is not needed
+        silent = [replace(part, values=[v * (n != number) for v in part.values]) for n, part in enumerate(parts)]
+        needed = [layer[0] for layer in ask.needs(wire, join(wire, silent), [item])]
+        share = ask.of_each(documents, H, needed)
+        assert share[number] == 0 < share[1 - number]
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
