@@ -103,9 +103,7 @@ def needs(wire, latents, items):
     real = ids != PAD
     asking = torch.arange(ids.shape[1], device=lm.device) == real.sum(1, keepdim=True) - 1
     found = importance(lm, embed(lm, ids, latents.prefix), real, cached, asking, "reader")
-    N = latents.held[0].shape[-1]
-    widths = [N] * len(found) if cached is None else [held.shape[-1] for held in cached.held]
-    return [layer[..., :width] for layer, width in zip(found, widths)]
+    return [layer[..., :latents.held[number % len(latents.held)].shape[-1]] for number, layer in enumerate(found)]
 
 
 def of_each(documents, before, needed):

@@ -106,7 +106,7 @@ def check_config(config):
 
 
 def untrained(lm, prompt="plain", max_prompt_tokens=1024):
-    """The WireConfig of a wire that nothing has been trained for: what each head of the plain LM keeps, read by it."""
+    """The WireConfig of a wire that nothing has been trained for: what the heads of the plain LM keep, read by it."""
     return WireConfig(lm=lm, prompt=prompt, max_prompt_tokens=max_prompt_tokens, encoder_rank=0, lora_rank=0)
 
 

@@ -118,7 +118,7 @@ def encode(wire, text, count, each=False):
     for begin, source in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         part = wire.encode(source, each).packed()
         parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
-    return join(wire, parts).packed()
+    return join(wire, parts).packed() if len(parts) > 1 else parts[0]
 
 
 def join(wire, parts):
@@ -173,9 +173,9 @@ def save_document(path, document, kind, saved, identity, source):
         tensors = {"places": torch.stack([h.sum(-1) for h in held]).to("cpu", torch.int32)}
         parts = {name: torch.cat([y[0][there] for y, there in zip(getattr(latents, name), held)])
                  for name in ("keys", "values")}
-    if latents.need:
-        need = torch.cat([need[0][there] for need, there in zip(latents.need, held)])
-        tensors["need"] = need.to("cpu", torch.float32 if kind == "fp32" else torch.float16)
+        if latents.need:
+            need = torch.cat([need[0][there] for need, there in zip(latents.need, held)])
+            tensors["need"] = need.to("cpu", torch.float32 if kind == "fp32" else torch.float16)
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})

@@ -2500,7 +2500,7 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     train_, answer, scale = (found[part]["result"] for part in ("train", "answer", "scale"))
     assert {"kv", "embeds", "tokens truncated", "tokens all"} <= train_["seconds"].keys()
     assert all(0 < seconds < math.inf for seconds in train_["seconds"].values())
-    assert answer["128"]["cache_mb"]["text"] > answer["128"]["cache_mb"]["latents"] > 0
+    assert answer["128"]["cache_mb"]["text"] > 2 * answer["128"]["cache_mb"]["latents"] > 0
     assert all(math.isfinite(power) for rule in scale.values() for power in rule["exponents"].values())
     spent = found["profile"]["result"]
     assert all(0 < time < spent["step"] for time in [*spent["phases"].values(), *spent["operators"].values()])
