@@ -354,8 +354,8 @@ class Item:
 @dataclass(frozen=True)
 class Layout:
     """How a scope divides a prompt: `before` (token ids) and after(item) stay text, latents replace source(item).
-    asks(item): what the reader reads behind the source to find what is needed of it; without it the source again.
-    late: whether each question chooses among the latents of a source later."""
+    Where the question chooses among the latents: asks(item), what the reader reads behind a source that has the
+    question in it to choose at once; or late, each question chooses later."""
     before: np.ndarray
     source: Callable
     after: Callable
@@ -522,13 +522,14 @@ def _moved(what, device):
 class Source:
     """What one encoder pass reads. Documents longer than a chunk take several of its rows."""
     ids: object       # (C, W) token ids: before, text; PAD right
-    asks: object      # (C, R) token ids of what is read behind it; PAD right
+    again: object     # (C, R) token ids of what is read behind it: the text once more; PAD right
     share: object     # (C,) how many latents come from each row
     flat: object      # (B, L) each document's places, before and text, as flat numbers in (C, W); -1 for none
     by: object        # (C,) by how much the keys of each row's text are turned
     length: object    # (B,) how many places each document has in the cache: before, latents
     most: int         # and the most of them
     whole: bool       # whether every token is a latent
+    asks: object = None  # (C, S) token ids that choose the latents, where a question does at once; PAD right
 
     def to(self, device):
         return _moved(self, device)
@@ -607,13 +608,13 @@ def divide(length, count, chunk):
 
 
 def lay_source(before, texts, counts, chunk, repeat, asks=None):
-    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands asks[b] (token
-    ids), or where asks is None the text once more behind the cue `repeat`. A text of more than `chunk` tokens is read
+    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands the text
+    once more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents. A text of more than `chunk` tokens is read
     in chunks, each with its share of the latents: the cost stays linear in the text. The keys of a chunk are turned
     together: its last token's would stand where the last of its latents stands in the cache."""
     import torch
     H = len(before)
-    rows, read, shares, flat, by = [], [], [], [], []
+    rows, again, choose, shares, flat, by = [], [], [], [], [], []
     for b, (text, count) in enumerate(zip(texts, counts)):
         places, at = [], 0
         for begin, end, share in divide(len(text), count, chunk):
@@ -624,13 +625,14 @@ def lay_source(before, texts, counts, chunk, repeat, asks=None):
             at += share
             by.append(at - end + begin)
             rows.append(np.concatenate([before, part]))
-            read.append(np.concatenate([repeat, part]) if asks is None else asks[b])
+            again.append(np.concatenate([repeat, part]))
+            choose += asks[b:b + 1] if asks else []
             shares.append(share)
         flat.append(places)
     ids = pad(rows, PAD)
     flat = pad([[r * ids.shape[1] + t for r, t in places] for places in flat], -1)
-    return Source(ids, pad(read, PAD), torch.tensor(shares), flat, torch.tensor(by), H + torch.tensor(counts),
-                  H + max(counts), counts == [len(text) for text in texts])
+    return Source(ids, pad(again, PAD), torch.tensor(shares), flat, torch.tensor(by), H + torch.tensor(counts),
+                  H + max(counts), counts == [len(text) for text in texts], pad(choose, PAD) if choose else None)
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

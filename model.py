@@ -8,10 +8,10 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
-    importance     how much a head needs a token of the source while the LM reads it again; in scope prompt, and for a
-                   question in scope asked, how much a layer needs it where the reader is about to answer
+    importance     how much a head needs a token of the source while the LM reads it again; and where a question
+                   chooses, how much a layer needs it where the reader is about to answer
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
-                   average: a head that needs the source more than another has more of them (but M in scope prompt).
+                   average: a head that needs the source more than another has more of them.
                    wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
@@ -21,8 +21,8 @@ Words, one meaning each:
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and of it a question sees M: most are what each layer needs
-                   for it, the rest what is needed anyway
+                   alone: a document is stored at --ratio, and of it a question sees M. Where a question chooses (there,
+                   and in scope prompt), most are what each layer needs for it, the rest what is needed anyway
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
@@ -214,7 +214,7 @@ class Adapter(nn.Module):
         return base + self.rms * self.out(h)
 
 
-OWN = 0.75  # which share of what a question sees is its own choice
+OWN = 0.75  # where a question chooses among the latents, which share of them it does choose
 
 
 class LatentWire(nn.Module):
@@ -335,11 +335,12 @@ class LatentWire(nn.Module):
         chooses, and no others are there."""
         layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
         embeds, hidden, keys, values = self.read(source)
-        need = self.needed(source, keys, values) if layout.late or not source.whole else None
-        each = each or layout.late or layout.asks is not None  # what `looked_at` says of two layers does not compare
-        held = [real[:, None]] * len(keys)
-        if not source.whole:
-            held = best(need, held, H, source.share, each)
+        text = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
+        need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
+        if not source.whole and source.asks is None:
+            held = best(need, held, H, source.share, each or layout.late)
+        elif not source.whole:
+            held = self.chosen(self.looked_at(text, source.asks), need, held, source.share, 1.0 if each else OWN)
         held = [of_documents(stays, source) for stays in held]
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
@@ -354,25 +355,21 @@ class LatentWire(nn.Module):
                               for side in (keys, values, need if layout.late else None))
         place = torch.arange(source.flat.shape[1], device=real.device).expand(len(source.flat), 1, -1)
         latents = Latents(source.length, held, [place] * len(keys), keys, values, need=need)
-        return latents.packed([source.most] * len(keys)) if each else latents
+        return latents.packed([source.most] * len(keys)) if each or layout.late else latents
 
-    def needed(self, source, keys, values):
-        """How much each place of the encoder's pass is needed, by which it stays: (C, heads, W) a layer; or one
-        (C, 1, W) a layer, as a vector of an embeds wire needs it."""
-        real = source.ids != PAD
-        keys, values = ([part.detach() for part in side] for side in (keys, values))
-        text = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
-        if self.layout.asks:
-            return self.looked_at(text, source.asks)
-        found = importance(self.lm, embed(self.lm, source.asks), source.asks != PAD, text)
-        found = [score[..., :real.shape[1]] for score in found]
+    def needed(self, source, text):
+        """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (C, heads,
+        W) a layer; of an embeds wire, whose vectors have no layers and heads, one (C, 1, W)."""
+        found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
+        found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found
 
     def looked_at(self, latents, asks):
         """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
-        with PAD right, is about to answer: (B, heads, N) a layer. As in SnapKV (arXiv 2404.14469) the end of the prompt
-        is what looks, and a place is as needed as the most needed one up to 8 beside it, and half as much again for
-        itself: an answer is found where it begins. The heads of a layer agree, each as loud as the others."""
+        with PAD right, is about to answer: (B, heads, N) a layer; of an embeds wire, one (B, 1, N), the mean of all.
+        As in SnapKV (arXiv 2404.14469) the end of the prompt is what looks, and a place is as needed as the most
+        needed one up to 8 beside it, and half as much again for itself: an answer is found where it begins. The heads
+        of a layer agree, each as loud as the others."""
         found, real = [], asks != PAD
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
         scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
@@ -381,18 +378,22 @@ class LatentWire(nn.Module):
             score[..., :len(self.layout.before)] = 0
             share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
             found.append((F.max_pool1d(share, 17, 1, 8) + share / 2).expand_as(score))
-        return found
+        return [torch.stack(found).mean(0)[:, :1]] if self.config.wire == "embeds" else found
+
+    def chosen(self, looked, need, held, count, own=OWN):
+        """Which of the places that are held a question sees, count[b] a head, as `best` has them: a share `own` of them
+        are what each layer needs most for it (looked); the rest, of all layers and heads, what they need most whatever
+        is asked (need)."""
+        mine = (own * count).round().long()
+        stays = best(looked, held, len(self.layout.before), mine, each=True)
+        rest = [score.masked_fill(stay, -1) for score, stay in zip(need, stays)]
+        return [one | other for one, other in zip(stays, best(rest, held, 0, count - mine, each=False))]
 
     def choose(self, latents, asks, M=None):
         """Of Latents the M (default: what the wire was trained for) that a question sees, by asks (B, S), token ids
-        with PAD right: the late choice of scope asked. A share OWN of them are what each layer needs most for it; the
-        rest, of all layers and heads, what they need most whatever is asked."""
-        M, H = M or max(budgets(self.config)), len(self.layout.before)
-        own = torch.full_like(latents.length, round(OWN * M))
-        stays = best(self.looked_at(latents, asks), latents.held, H, own, each=True)
-        rest = [need.masked_fill(stay, -1) for need, stay in zip(latents.need, stays)]
-        rest = best(rest, latents.held, 0, M - own, each=False)
-        return replace(latents, held=[one | other for one, other in zip(stays, rest)])
+        with PAD right: the late choice of scope asked."""
+        count = torch.full_like(latents.length, M or max(budgets(self.config)))
+        return replace(latents, held=self.chosen(self.looked_at(latents, asks), latents.need, latents.held, count))
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""

@@ -287,7 +287,8 @@ def test_any_text_gets_exactly_its_latents(texts, chunk, asked):
     """Chunks cover a text and take their shares; keys are turned so that a chunk ends where its last latent stands."""
     rng = np.random.default_rng(0)
     ids, counts = [rng.integers(3, 50, T) for T, _ in texts], [min(T, M) for T, M in texts]
-    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]), [np.array([61])] * 4 if asked else None)
+    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]),
+                        [np.array([61 + b]) for b in range(4)] if asked else None)
     assert source.length.tolist() == [2 + count for count in counts] and source.most == 2 + max(counts)
     assert source.ids.shape[1] <= 2 + chunk and source.whole == all(T <= M for T, M in texts)
     row = 0
@@ -296,9 +297,10 @@ def test_any_text_gets_exactly_its_latents(texts, chunk, asked):
         for begin, end, share in divide(len(text), count, chunk):
             assert share <= end - begin <= chunk and (begin or not at)
             if share or len(read) == 2:
-                part, asks = text[begin:end].tolist(), source.asks[row].tolist()
+                part, again = text[begin:end].tolist(), source.again[row].tolist()
                 assert source.ids[row].tolist()[:2 + len(part)] == [1, 2, *part] and source.share[row] == share
-                assert [x for x in asks if x >= 0] == ([61] if asked else [60, *part])
+                assert [x for x in again if x >= 0] == [60, *part]
+                assert source.asks[row].tolist() == [61 + b] if asked else source.asks is None
                 assert source.by[row] == at + share - len(part)
                 row, at, read = row + 1, at + share, read + part
         assert source.ids.flatten()[flat].tolist() == read and at == count
@@ -732,37 +734,41 @@ def highest(score, count):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(scope="prompt"), dict(scope="asked", ratio=6.0), dict(wire="embeds")],
-                         ids=str)
-def test_what_is_needed_most_stays(tiny, changes):
-    """Of all layers and heads together; where a latent is one vector for all heads, what they need together; where the
-    question is known, what the answer needs, as much in each head."""
+@pytest.mark.parametrize("changes, each", [
+    ({}, False), ({}, True), (dict(scope="prompt"), False), (dict(scope="prompt"), True),
+    (dict(scope="asked", ratio=6.0), False), (dict(wire="embeds"), False), (dict(wire="embeds", scope="prompt"), False),
+], ids=str)
+def test_what_is_needed_most_stays(tiny, changes, each):
+    """Of all layers and heads together, or of each; where a latent is one vector for all heads, what they need together;
+    where the question is known, 7 of 9 are what the answer needs in each layer."""
     wire, prompt, items = make_wire(tiny, **changes)
     rows, layout = [items[:1], items[6:7]], wire.layout
     source = wire.collate(rows, lambda T: 9).source
-    latents, tape = wire.encode(source), Tape()
+    latents, tape = wire.encode(source, each), Tape()
     with use_lora(wire.lm, "encoder"):
         wire.lm.model(inputs_embeds=embed(wire.lm, source.ids), past_key_values=tape, use_cache=True)
     keys, values = zip(*(tape.caught[layer] for layer in range(4)))
     real = source.ids != data.PAD
     text = Latents(real.sum(1), [real[:, None]] * 4, None, list(keys), list(values))
-    scores = torch.stack(importance(wire.lm, embed(wire.lm, source.asks), source.asks != data.PAD, text))
-    if layout.asks:
-        each = [looked_at(wire, layout.asks(row[0]), text.rows([b])) for b, row in enumerate(rows)]
-        scores = torch.stack([torch.stack(layer) for layer in zip(*each)])
+    scores = torch.stack(importance(wire.lm, embed(wire.lm, source.again), source.again != data.PAD, text))
     if changes.get("wire"):
         scores = scores.amax((0, 2), keepdim=True)
     for b, row in enumerate(rows):
         T = len(layout.source(row[0]))
-        score = scores[:, b, :, 2:2 + T]                                            # (layers, heads, T)
-        if changes:
-            stay = [[[0, 1, *(2 + t for t in head)] for head in layer] for layer in highest(score, 9)]
-        else:
-            flat = torch.zeros(score.numel(), dtype=torch.bool)
-            flat[highest(score.flatten(), 9 * score.shape[0] * score.shape[1])] = True
-            stay = [[[0, 1, *(2 + t for t in head.nonzero()[:, 0].tolist())] for head in layer]
-                    for layer in flat.view(score.shape)]
-            assert len({len(head) for layer in stay for head in layer}) > 1
+        need, own = scores[:, b, :, 2:2 + T], 0                                     # (layers, heads, T)
+        mine = torch.zeros_like(need, dtype=torch.bool)
+        if layout.asks:
+            own = 9 if each else 7
+            looked = torch.stack(looked_at(wire, layout.asks(row[0]), text.rows([b])))[..., 2:2 + T]
+            looked = looked.mean((0, 1), keepdim=True) if changes.get("wire") else looked
+            mine.scatter_(2, torch.tensor(highest(looked, own)), True)
+        elif each or layout.late:
+            own = 9
+            mine.scatter_(2, torch.tensor(highest(need, own)), True)
+        rest = highest(need.masked_fill(mine, -1).flatten(), (9 - own) * need[..., 0].numel())
+        mine.flatten()[rest] = True
+        stay = [[[0, 1, *(2 + t for t in head.nonzero()[:, 0].tolist())] for head in layer] for layer in mine]
+        assert (len({len(head) for layer in stay for head in layer}) > 1) == (own < 9 and not changes.get("wire"))
         if changes.get("wire"):
             assert [latents.kept[0][b].tolist()] == stay
             continue
@@ -776,7 +782,7 @@ def test_what_is_needed_most_stays(tiny, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(scope="asked")], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(scope="asked"), dict(scope="prompt")], ids=str)
 def test_packed_latents_are_read_as_they_are(tiny, changes):
     """Without the places that nobody holds, ragged layers, and their pads."""
     wire, prompt, items = make_wire(tiny, **changes)
