@@ -34,7 +34,7 @@ from data import Prompt, epoch_plan, group_by_context, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from model import LatentWire, WireConfig, budgets, check_config, option
 from rows import evaluate_row, kept_tokens, merge, own_row, summary
-from store import check_lm, load_trained, read_last_good, save_checkpoint
+from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
 try:
     import fcntl
@@ -77,6 +77,8 @@ class Config(WireConfig):
     # run
     preset: str = option("default", "default, smoke, demo or squad: sets the defaults of the other flags")
     out: str = option("runs/default", "folder of the run")
+    start: str = option("", "checkpoint whose weights the run begins with: of the same LM and ranks, of any scope, data "
+                            "or M")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights and order")
     shard: bool = option(False, "spread the frozen LM over the processes, for one that is too large for a GPU (FSDP2)")
@@ -487,6 +489,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
     if found and not config.resume:
         raise UserError(f"--out {config.out} already holds a run; give --resume to go on with it, or another --out")
     config.batch, micro = split_batch(config, world)
+    start = read_checkpoint(config.start) if config.start and not found else None
     torch.manual_seed(config.seed)
 
     # model
@@ -495,6 +498,9 @@ def set_up(config, rank, world, device, dtype, why, stack):
                             wired=config.wire != "tokens")
     prompt = Prompt(tokenizer, config.prompt, config.max_prompt_tokens)
     wire = LatentWire(lm, config, prompt)
+    if start:
+        check_lm(start, lm)
+        load_trained(wire, start.folder)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
     if config.shard:
