@@ -1540,6 +1540,22 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     assert "--lr was 0.01, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
 
 
+def test_a_run_begins_with_anothers_weights(tiny, trained, tmp_path):
+    """Whatever its scope and number of latents, but not its ranks; resumed, it goes on with its own."""
+    flags = ["train", "--lm", tiny, *FLAGS, "--samples", "24", "--scope", "prompt", "--latents", "6,12", "--out"]
+    start = ["--start", trained / "ckpt" / "last"]
+    first = lambda name: logged(tmp_path / name)[2][0]["tf"]
+    launch(*flags, tmp_path / "new")
+    launch(*flags, tmp_path / "run", *start)
+    assert first("run") < first("new") - 0.5
+    steps = logged(tmp_path / "run")[0]
+    launch(*flags, tmp_path / "run", *start, "--resume", "--epochs", "2")
+    assert len(logged(tmp_path / "run")[0]) == 2 * len(steps)
+    for more, says in ((["--lora_rank", "3"], "has shape"), (["--wire", "embeds"], "this wire needs")):
+        _, said = launch(*flags, tmp_path / "no", *start, *more, code=2)
+        assert last_line(said).startswith(f"error: --ckpt {trained}") and says in last_line(said)
+
+
 @pytest.mark.parametrize("scope", ["context", "asked"])
 def test_several_processes_equal_one(tiny, tmp_path, scope):
     """Two gloo processes, each with the whole frozen LM or with half of it, train and answer what one does."""
