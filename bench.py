@@ -4,7 +4,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     python bench.py all                                   # every part, on SmolLM2-135M and synthetic passages
     python bench.py train answer --data train-v1.1.json.gz
 
-    python bench.py documents peers --ckpt runs/squad/ckpt/best --data dev-v1.1.json.gz
+    python bench.py documents articles peers --ckpt runs/squad/ckpt/best --data dev-v1.1.json.gz
 
     train    questions a second and peak memory of a training step, for each wire and without each saving
     answer   time to the first answer and for each next question: text against latents
@@ -12,6 +12,8 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
     plan     what fits where: memory of a training step, counted without running it, for --lm and for Llama-3.1-8B
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
+    articles  a trained wire's answers from a text of many paragraphs, each about one of them: F1 by its length, by M
+             and by where the paragraph stands
     peers    a trained wire beside published methods that keep as much: kvpress beside one of --wire kv, LLMLingua
              beside one of --wire tokens; not in `all`: pip install --no-deps -r requirements-bench.txt
 
@@ -31,8 +33,8 @@ from unittest.mock import patch
 
 from common import Parser, UserError, log, run_main, write_atomic
 
-PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "peers")
-TRAINED = ("documents", "peers")  # these need --ckpt
+PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "articles", "peers")
+TRAINED = ("documents", "articles", "peers")  # these need --ckpt
 
 
 def parse_args(argv=None):
@@ -40,12 +42,12 @@ def parse_args(argv=None):
     p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
     p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
-    p.add_argument("--ckpt", help="checkpoint of a trained wire, for `documents` and `peers`")
-    p.add_argument("--samples", type=int, default=50, help="questions of `documents` and `peers` (default 50)")
+    p.add_argument("--ckpt", help=f"checkpoint of a trained wire, for {', '.join(TRAINED)}")
+    p.add_argument("--samples", type=int, default=50, help="questions of those (default 50)")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
-    p.add_argument("--lengths", help="tokens of the texts in `answer` and `scale`, comma-separated (default: their "
-                                     "own)")
+    p.add_argument("--lengths", help="tokens of the texts in `answer`, `scale`, `articles`, by commas (default: "
+                                     "their own)")
     p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
     p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     return p.parse_args(argv)
@@ -148,6 +150,15 @@ def trained_wire(args, saved):
     """The wire of a checkpoint, and the LM that it was trained for."""
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
     return load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
+
+
+def wire_of_texts(args):
+    """The trained wire of --ckpt, whose latents must stand for a text alone."""
+    saved = read_checkpoint(args.ckpt)
+    if saved.config.wire == "tokens" or saved.config.scope == "prompt" or args.samples < 4:
+        raise UserError("documents and articles need a wire whose latents stand for a text alone, and --samples of at "
+                        f"least 4; this is --wire {saved.config.wire} --scope {saved.config.scope} with {args.samples}")
+    return trained_wire(args, saved)
 
 
 def table(head, rows):
@@ -363,11 +374,7 @@ def bench_plan(args):
 @torch.no_grad()
 def bench_documents(args):
     """Each question is on a paragraph of its own article; the others' stand beside it, in random order."""
-    saved = read_checkpoint(args.ckpt)
-    if saved.config.wire == "tokens" or saved.config.scope == "prompt" or args.samples < 4:
-        raise UserError(f"documents needs a wire whose latents stand for a text alone, and --samples of at least 4; "
-                        f"this is --wire {saved.config.wire} --scope {saved.config.scope} with {args.samples}")
-    wire = trained_wire(args, saved)
+    wire = wire_of_texts(args)
     examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)
     random.Random(0).shuffle(examples)
     articles = list({example.title or example.context: example for example in examples}.values())
@@ -392,6 +399,51 @@ def bench_documents(args):
         rows.append([count, spread(f1), spread(right)])
         log(f"documents: {count} done")
     table(["documents", "F1", "right one named"], rows)
+    return result
+
+
+def article_text(prompt, examples, T):
+    """(T token ids or fewer: an article's first paragraphs, [(question's Item, where its paragraph's middle stands in
+    them, 0 to 1)] of the paragraphs that are there whole)."""
+    items, begins, end = prompt.items(examples), {}, 0
+    for item in items:
+        if item.example.context not in begins:
+            begins[item.example.context], end = (end, item.context), end + len(item.context)
+    text = np.concatenate([part for _, part in begins.values()])[:T]
+    middle = lambda item: (begins[item.example.context][0] + len(item.context) / 2) / T
+    whole = lambda item: begins[item.example.context][0] + len(item.context) <= T
+    return text, [(item, middle(item)) for item in items if whole(item)]
+
+
+@torch.no_grad()
+def bench_articles(args):
+    """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
+    wire, articles, result, rows = wire_of_texts(args), {}, {}, []
+    for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
+        articles.setdefault(example.title, []).append(example)
+    counts = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8, "M = T": lambda T: T}
+    for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
+        rng, f1, at = random.Random(T), {name: [] for name in counts}, []
+        for title in rng.sample(sorted(articles), len(articles)):
+            text, asked = article_text(wire.prompt, articles[title], T)
+            if len(at) >= args.samples or len(text) < T:
+                continue
+            asked = rng.sample(asked, min(5, len(asked), args.samples - len(at)))
+            at += [place for _, place in asked]
+            for name, count in counts.items():
+                document = Document(encode(wire, text, count(T)), len(wire.layout.before), title)
+                given = replies(wire, [document], document.latents, [item.example.question for item, _ in asked])
+                f1[name] += [f1_score(reply["answer"], item.example.answers)
+                             for reply, (item, _) in zip(given, asked)]
+        if not at:
+            raise UserError(f"--data {args.data} has no article of {T} tokens; give smaller --lengths")
+        third = np.minimum((3 * np.array(at)).astype(int), 2)
+        result[T] = {"n": len(at), "f1": f1, "place": at}
+        rows.append([T, len(at), *(spread(values) for values in f1.values()),
+                     ", ".join(f"{100 * np.mean(np.array(f1['T / M = 8'])[third == k]):.0f}" if (third == k).any()
+                               else "-" for k in range(3))])
+        log(f"articles: {T} tokens done")
+    table(["tokens", "n", *counts, "T / M = 8: first, middle, last third"], rows)
     return result
 
 

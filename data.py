@@ -609,9 +609,9 @@ def divide(length, count, chunk):
 
 def lay_source(before, texts, counts, chunk, repeat, asks=None):
     """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands the text
-    once more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents. A text of more than `chunk` tokens is read
-    in chunks, each with its share of the latents: the cost stays linear in the text. The keys of a chunk are turned
-    together: its last token's would stand where the last of its latents stands in the cache."""
+    once more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents. A text of more than
+    `chunk` tokens is read in chunks, each with its share of the latents: the cost stays linear in the text. The keys of
+    a chunk are turned together: its last token's would stand where the last of its latents stands in the cache."""
     import torch
     H = len(before)
     rows, again, choose, shares, flat, by = [], [], [], [], [], []

@@ -18,6 +18,8 @@ Shapes: A answer tokens of Q questions and, behind them, of C continuations; V t
 import torch
 import torch.nn.functional as F
 
+PARTS = ("tf", "kce", "first", "kd", "more", "entropy")  # each has a weight: a flag of train.py
+
 
 def per_question_mean(values, owner, size):
     """Mean over questions of the mean over each one's tokens. values (A,), owner (A,) in 0..size-1 -> scalar.

@@ -12,7 +12,7 @@ Words, one meaning each:
                    chooses, how much a layer needs it where the reader is about to answer
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
                    average: a head that needs the source more than another has more of them.
-                   wire embeds: a vector of the LM's width for one of the tokens that the heads together need most.
+                   wire embeds: a vector of the LM's width for one of the tokens that any head needs most.
                    With as many latents as tokens, the text's own are the latents
     encoder        the frozen LM with its LoRA set `encoder`: reads the source
     reader         the frozen LM with its LoRA set `reader`: reads latents and text, and answers

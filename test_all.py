@@ -739,8 +739,8 @@ def highest(score, count):
     (dict(scope="asked", ratio=6.0), False), (dict(wire="embeds"), False), (dict(wire="embeds", scope="prompt"), False),
 ], ids=str)
 def test_what_is_needed_most_stays(tiny, changes, each):
-    """Of all layers and heads together, or of each; where a latent is one vector for all heads, what they need together;
-    where the question is known, 7 of 9 are what the answer needs in each layer."""
+    """Of all layers and heads together, or of each; where a latent is one vector for all heads, what any needs; where
+    the question is known, 7 of 9 are what the answer needs in each layer."""
     wire, prompt, items = make_wire(tiny, **changes)
     rows, layout = [items[:1], items[6:7]], wire.layout
     source = wire.collate(rows, lambda T: 9).source
@@ -2532,6 +2532,8 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     assert recomputed["passing"] < planned["passing"] and planned["fit_80_gb"]["8"] >= planned["fit_80_gb"]["1"] > 1000
     several = found["documents"]["result"]
     assert several["1"]["named"] == 1 and all(0 <= several[count]["f1"] <= 1 for count in "124")
+    long = found["articles"]["result"]
+    assert all(long[T]["n"] == 4 and {*map(len, long[T]["f1"].values())} == {4} for T in ("64", "128"))
     assert "text/next" in capsys.readouterr().out
     with pytest.raises(UserError, match="zap is unknown; there are train"):
         bench.main(bench.parse_args(["all", "zap"]))

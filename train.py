@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
 from data import Prompt, epoch_plan, group_by_context, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
+from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option
 from rows import evaluate_row, kept_tokens, merge, own_row, summary
 from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
@@ -77,8 +78,8 @@ class Config(WireConfig):
     # run
     preset: str = option("default", "default, smoke, demo or squad: sets the defaults of the other flags")
     out: str = option("runs/default", "folder of the run")
-    start: str = option("", "checkpoint whose weights the run begins with: of the same LM and ranks, of any scope, data "
-                            "or M")
+    start: str = option("", "checkpoint whose weights the run begins with: of this LM, wire and ranks, of any scope, "
+                            "data or M")
     resume: bool = option(False, "go on from OUT/ckpt/last where there is one")
     seed: int = option(0, "of weights and order")
     shard: bool = option(False, "spread the frozen LM over the processes, for one that is too large for a GPU (FSDP2)")
@@ -607,7 +608,7 @@ def train_step(run, progress, window):
     waits. Of several processes none may leave the others alone: the first one saves, and all go on to the step's end
     as far as they get."""
     config, step, world = run.config, run.plan[run.state.step], run.world
-    weights = {key: getattr(config, key) for key in ("tf", "kce", "first", "kd", "more", "entropy")}
+    weights = {key: getattr(config, key) for key in PARTS}
     asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
     for i, (rows, M, rng) in enumerate(mine):
         if run.stopping and world == 1:
