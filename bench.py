@@ -9,7 +9,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     train    questions a second and peak memory of a training step, for each wire and without each saving
     answer   time to the first answer and for each next question: text against latents
     profile  where a training step's time goes: by phase, and by operator
-    scale    encoding and a training step from 512 to 16,384 tokens, with fitted growth exponents
+    scale    encoding from 512 to 16,384 tokens, with fitted growth exponents
     plan     what fits where: memory of a training step, counted without running it, for --lm and for Llama-3.1-8B
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
     articles  a trained wire's answers from a text of many paragraphs, each about one of them: F1 by its length, by M
@@ -67,9 +67,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
-from data import Example, Prompt, Source, group_by_context, load_data
+from data import Prompt, group_by_context, load_data
 from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
 from model import Latents, LatentWire, WireConfig, budgets
+from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
@@ -84,7 +85,7 @@ def setup(args, **changes):
     lm, tokenizer = load_lm(args.lm, device=args.device, wired=True)
     prompt = Prompt(tokenizer, "plain", 1024)
     wire = LatentWire(lm, WireConfig(lm=args.lm, **{"prompt": "plain", "lora_rank": 8, **changes}), prompt).train()
-    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None))
+    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:5000])
 
 
 def seconds(run):
@@ -143,7 +144,7 @@ def peak_bytes(run, device):
 
 def spread(values):
     """Shares (n,) in percent: their mean and its 95% interval."""
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (np.mean(values), *interval(values))))
+    return percent(np.mean(values), interval(values))
 
 
 def trained_wire(args, saved):
@@ -162,11 +163,7 @@ def wire_of_texts(args):
 
 
 def table(head, rows):
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(f"{cell!s:<{width}}" if i == 0 else f"{cell!s:>{width}}" for i,
-                        (cell, width) in enumerate(zip(row, widths))))
-    print(flush=True)
+    print("\n".join(markdown_table(head, [list(map(str, row)) for row in rows])) + "\n", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,7 +262,7 @@ def bench_answer(args):
     ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
     for T in [int(x) for x in (args.lengths or "246,1024,8192").split(",")]:
         text, count = long_text(items, T), min(32, T)
-        once = lambda: wire.encode(wire.source([text], [count]).to(wire.rarity.device)).packed()
+        once = lambda: encode(wire, text, count)
         ready = once()
 
         def first():
@@ -283,42 +280,24 @@ def bench_answer(args):
     return result
 
 
+@torch.no_grad()
 def bench_scale(args):
-    """Encoding and a training step by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
+    """Encoding by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
     wire, items = setup(args)
     lengths = [int(x) for x in (args.lengths or "512,2048,8192,16384").split(",")]
-    result, rows = {}, []
-    for rule, count in (("M = 32", lambda T: 32), ("T / M = 8", lambda T: T // 8)):
-        taken = {"encode": [], "step": []}
+    counts, result, rows = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8}, {}, []
+    for rule, count in counts.items():
+        taken = []
         for T in lengths:
-            text = long_text(items, T)
-            item = wire.prompt.items([Example("", "", items[0].example.question, ("x",))])[0]
-            row = [[type(item)(item.example, text, item.question, item.answer)]]
-
-            def step():
-                batch = wire.collate(row, lambda length: min(count(length), length)).to(wire.rarity.device)
-                wire(batch, WEIGHTS)[0].backward()
-
-            def once():
-                with torch.no_grad():
-                    wire.encode(wire.source([text], [count(T)]).to(wire.rarity.device))
-            times = side_by_side({"encode": once, "step": step}, args.repeats if T < 4096 else 1)
-            for name, value in times.items():
-                taken[name].append(value)
-            rows.append([f"{rule}, {T}", *(f"{1e3 * times[name]:.0f}" for name in taken)])
+            once = partial(encode, wire, long_text(items, T), min(count(T), T))
+            taken.append(side_by_side({"": once}, args.repeats if T < 4096 else 1)[""])
+            rows.append([f"{rule}, {T}", f"{1e3 * taken[-1]:.0f}"])
             log(f"scale: {rule}, {T} tokens done")
-        result[rule] = {"lengths": lengths, **taken, "exponents": {
-            name: float(np.polyfit(np.log(lengths), np.log(value), 1)[0]) for name, value in taken.items()}}
-    table(["context tokens", "encode ms", "step ms"], rows)
-    for rule, found in result.items():
-        print(f"{rule}: " + ", ".join(f"{name} grows as T^{power:.2f}" for name, power in found["exponents"].items()))
+        power = float(np.polyfit(np.log(lengths), np.log(taken), 1)[0])
+        result[rule] = {"lengths": lengths, "encode": taken, "exponents": {"encode": power}}
+        rows.append([f"{rule}: grows as T^", f"{power:.2f}"])
+    table(["context tokens", "encode ms"], rows)
     return result
-
-
-def unreal(what, mode):
-    """A Batch or a Source whose tensors have shapes but no values."""
-    fake = lambda x: unreal(x, mode) if isinstance(x, Source) else mode.from_tensor(x) if torch.is_tensor(x) else x
-    return type(what)(*map(fake, vars(what).values()))
 
 
 def step_bytes(config, dtype, rows, prompt, recompute):
@@ -334,7 +313,7 @@ def step_bytes(config, dtype, rows, prompt, recompute):
         wire = LatentWire(lm, WireConfig(lm="planned", prompt="plain"), prompt).train()
     if recompute:
         checkpoint_layers(lm)
-    batch, trained = unreal(wire.collate(rows, wire.stored), mode), list(wire.trainable().values())
+    batch, trained = wire.collate(rows, wire.stored).map(mode.from_tensor), list(wire.trainable().values())
     with mode, meter:
         before = meter.peak = meter.now
         wire(batch, WEIGHTS)[0].backward()

@@ -12,7 +12,7 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
 
 `pre` and `post` are what a chat template puts around the user's text (plain prompts: the tokenizer's BOS, nothing).
 Shapes are written with B rows, T context tokens, M latents, N cached places (the text before the latents, then they),
-S tokens of a row, A answer tokens, C rows and W columns of an encoder pass.
+S tokens of a row, A answer tokens, W columns of an encoder pass.
 """
 import contextlib
 import gzip
@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common import UserError, log
 
@@ -506,7 +507,6 @@ class Prompt:
 
 def pad(arrays, value, left=False):
     """Stack 1-D integer arrays of unequal length into (B, longest), `value` filling the right (or left) side."""
-    import torch
     width = max(len(array) for array in arrays)
     out = np.full((len(arrays), width), value, dtype=np.int64)
     for row, array in zip(out, arrays):
@@ -514,29 +514,31 @@ def pad(arrays, value, left=False):
     return torch.from_numpy(out)
 
 
-def _moved(what, device):
-    return type(what)(*(value.to(device) if hasattr(value, "to") else value for value in vars(what).values()))
+class Tensors:
+    """What a dataclass of tensors can do."""
+
+    def map(self, of):
+        """The same with `of` done to every tensor in it."""
+        each = lambda x: x.map(of) if isinstance(x, Tensors) else of(x) if torch.is_tensor(x) else x
+        return type(self)(*map(each, vars(self).values()))
+
+    def to(self, device):
+        return self.map(lambda x: x.to(device))
 
 
 @dataclass
-class Source:
-    """What one encoder pass reads. Documents longer than a chunk take several of its rows."""
-    ids: object       # (C, W) token ids: before, text; PAD right
-    again: object     # (C, R) token ids of what is read behind it: the text once more; PAD right
-    share: object     # (C,) how many latents come from each row
-    flat: object      # (B, L) each document's places, before and text, as flat numbers in (C, W); -1 for none
-    by: object        # (C,) by how much the keys of each row's text are turned
+class Source(Tensors):
+    """What one encoder pass reads, a document a row."""
+    ids: object       # (B, W) token ids: before, text; PAD right
+    again: object     # (B, R) token ids of what is read behind it: the text once more; PAD right
     length: object    # (B,) how many places each document has in the cache: before, latents
     most: int         # and the most of them
     whole: bool       # whether every token is a latent
-    asks: object = None  # (C, S) token ids that choose the latents, where a question does at once; PAD right
-
-    def to(self, device):
-        return _moved(self, device)
+    asks: object = None  # (B, S) token ids that choose the latents, where a question does at once; PAD right
 
 
 @dataclass
-class Batch:
+class Batch(Tensors):
     """What one forward pass reads. A row is a shared prefix (latents, text or both) and segments behind it."""
     ids: object       # (B, S) token ids the LM reads, LATENT and PAD where they apply
     position: object  # (B, S) position ids; they restart after the prefix for every segment
@@ -555,14 +557,10 @@ class Batch:
     asks: object = None    # (B, R) token ids that choose them, PAD right,
     sees: int = 0          # and how many
 
-    def to(self, device):
-        return _moved(self, device)
-
 
 def pack(rows, starts=None):
     """Lay out a Batch. rows: [(prefix ids, questions, continuations), ...], both lists of (ids, answer ids); starts:
     the position of each row's first token, past the latents in its cache (default 0)."""
-    import torch
     ids, position, segment, targets = [], [], [], [[], []]
     for r, (prefix, questions, continuations) in enumerate(rows):
         start, at = starts[r] if starts else 0, len(prefix)
@@ -598,41 +596,12 @@ def continuations(prompt, item, count, rng, cue=4, length=20):
     return found
 
 
-def divide(length, count, chunk):
-    """[(begin, end, share), ...]: the chunks, of like length and of at most `chunk` tokens, in which a text of
-    `length` tokens is read, and how many of its `count` latents come from each: never more than it has tokens."""
-    pieces = max(1, -(-length // chunk))
-    ends = [c * length // pieces for c in range(pieces + 1)]
-    upto = [end * count // max(1, length) for end in ends]
-    return [(ends[c], ends[c + 1], upto[c + 1] - upto[c]) for c in range(pieces)]
-
-
-def lay_source(before, texts, counts, chunk, repeat, asks=None):
-    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands the text
-    once more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents. A text of more than
-    `chunk` tokens is read in chunks, each with its share of the latents: the cost stays linear in the text. The keys of
-    a chunk are turned together: its last token's would stand where the last of its latents stands in the cache."""
-    import torch
-    H = len(before)
-    rows, again, choose, shares, flat, by = [], [], [], [], [], []
-    for b, (text, count) in enumerate(zip(texts, counts)):
-        places, at = [], 0
-        for begin, end, share in divide(len(text), count, chunk):
-            if not share and places:
-                continue  # no latent comes from here
-            part = text[begin:end]
-            places += [(len(rows), t) for t in range(H if places else 0, H + len(part))]
-            at += share
-            by.append(at - end + begin)
-            rows.append(np.concatenate([before, part]))
-            again.append(np.concatenate([repeat, part]))
-            choose += asks[b:b + 1] if asks else []
-            shares.append(share)
-        flat.append(places)
-    ids = pad(rows, PAD)
-    flat = pad([[r * ids.shape[1] + t for r, t in places] for places in flat], -1)
-    return Source(ids, pad(again, PAD), torch.tensor(shares), flat, torch.tensor(by), H + torch.tensor(counts),
-                  H + max(counts), counts == [len(text) for text in texts], pad(choose, PAD) if choose else None)
+def lay_source(before, texts, counts, repeat, asks=None):
+    """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands the text once
+    more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents."""
+    behind = lambda front: pad([np.concatenate([front, text]) for text in texts], PAD)
+    return Source(behind(before), behind(repeat), len(before) + torch.tensor(counts), len(before) + max(counts),
+                  counts == [len(text) for text in texts], pad(asks, PAD) if asks else None)
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

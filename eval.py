@@ -60,7 +60,7 @@ import torch.distributed as dist
 from data import Prompt, load_data, synthetic_chance
 from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
-from rows import (ROWS, evaluate_row, f1_score, interval, own_row, ratio_interval, read_latents, rows_of, split_row,
+from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row,
                   summary, words_of)
 from store import FORMATS, GROUP, SCALE_BITS, load_wire, place_values, read_checkpoint, stored_bytes
 
@@ -189,7 +189,7 @@ def compare(metrics, records, upper):
                   "a reader tuned on text (--upper)": upper}
     for what, answers in references.items():
         if answers and None not in answers and (reference := f1(answers)).any():
-            ratio, (low, high) = latent.mean() / reference.mean(), ratio_interval(latent, reference)
+            ratio, (low, high) = latent.mean() / reference.mean(), interval(latent, reference)
             metrics["retention"][what] = {"ratio": float(ratio), "ci95": [low, high], "f1": float(reference.mean())}
             lines.append(f"retention: {ratio:.2f} [{low:.2f}, {high:.2f}] of {what}, F1 {100 * reference.mean():.1f}")
     return lines

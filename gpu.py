@@ -46,9 +46,9 @@ if __name__ == "__main__":
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import Prompt, group_by_context, load_data, synthetic
+from bench import setup
+from data import Prompt, group_by_context, synthetic
 from lm import embed, head, load_lm, pick_device
-from model import LatentWire, WireConfig
 
 RECIPE = ["--preset", "squad", "--samples", "20000", "--epochs", "20", "--batch", "256", "--lora_rank", "32",
           "--eval_every", "0", "--log_every", "5"]
@@ -107,8 +107,7 @@ class Reading:
 @torch.no_grad()
 def checks(args, left):
     """bf16 against float32, flash against plain attention, and two trainings that must end alike."""
-    device = str(pick_device(args.device)[0])
-    exact, rounded = (Reading(args.lm, dtype, device) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (Reading(args.lm, dtype, args.device) for dtype in (torch.float32, torch.bfloat16))
     gap = lambda a, b: (a - b).abs().mean().item()
     found, kernels = {"bound": LOGIT_BOUND, "bf16 - float32": gap(rounded.read(), exact.read())}, {}
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
@@ -130,8 +129,8 @@ def alike(args, left):
     out, ends = Path(args.out) / "checks", {}
     for name in ("alone", "torchrun", "resumed"):
         flags = ["--preset", "demo", "--lm", args.lm, "--samples", 80, "--batch", 10, "--epochs", 1, "--minutes", 0,
-                 "--eval_samples", 2, "--save_every", 1, "--log_every", 1, "--out", out / name]
-        flags += ["--device", args.device] if args.device else []
+                 "--eval_samples", 2, "--save_every", 1, "--log_every", 1, "--device", args.device,
+                 "--out", out / name]
         if name == "resumed":
             here = str(Path(__file__).with_name("train.py"))
             first = subprocess.Popen([sys.executable, here, *map(str, flags)], stderr=subprocess.DEVNULL)
@@ -152,10 +151,7 @@ def work(args):
     paragraphs, for what fits there fits everywhere."""
     from torch.utils.flop_counter import FlopCounterMode
     device, dtype, _ = pick_device(args.device)
-    lm, tokenizer = load_lm(args.lm, dtype, str(device), wired=True)
-    prompt = Prompt(tokenizer, "plain", 1024)
-    wire = LatentWire(lm, WireConfig(lm=args.lm, prompt="plain"), prompt).train()
-    items = prompt.items(load_data(args.data, "train", 200 if args.data == "synthetic" else None)[:5000])
+    wire, items = setup(args, lora_rank=32)
     groups = sorted((group[:5] for group in group_by_context(items)), key=lambda group: -len(items[group[0]].context))
     size = args.micro_batch or (8 if args.dry or device.type == "cpu" else 256)
     while True:
@@ -185,7 +181,7 @@ def train(args, left):
         "--minutes", f"{minutes:.2f}"]
     # Without --eval_data: articles of --data pick the checkpoint, never those that measure it.
     call("train.py", *RECIPE, "--lm", args.lm, "--data", args.data, "--micro_batch", micro, *few,
-         *(["--device", args.device] if args.device else []), "--resume", "--out", args.out,
+         "--device", args.device, "--resume", "--out", args.out,
          timeout=left() if args.dry else 60 * minutes + 90)
     records = read_lines(Path(args.out) / "logs" / "train_diagnostics.jsonl")
     rates = sorted(record["samples_per_sec"] for record in records[len(records) // 4:]) or [float("nan")]
@@ -201,15 +197,14 @@ def evaluate(args, left):
     out = Path(args.out)
     data = args.eval_data or (args.data if args.data in ("squad", "synthetic") else out / "held_out.jsonl")
     call("eval.py", "--mode", "all", "--ckpt", out / "ckpt" / "best", "--data", data, "--samples",
-         6 if args.dry else args.samples, "--batch", 100, *(["--device", args.device] if args.device else []),
-         timeout=left())
+         6 if args.dry else args.samples, "--batch", 100, "--device", args.device, timeout=left())
     return {"data": str(data)}
 
 
 def bench(args, left):
     few = ["--lengths", "64", "--repeats", 1, "--batch", 5] if args.dry else []
-    call("bench.py", "train", "answer", "scale", "--lm", args.lm, "--out", args.out, *few,
-         *(["--device", args.device] if args.device else []), timeout=left())
+    call("bench.py", "train", "answer", "scale", "--lm", args.lm, "--out", args.out, "--device", args.device, *few,
+         timeout=left())
     return json.loads((Path(args.out) / "bench.json").read_text(encoding="utf-8"))
 
 
@@ -220,6 +215,7 @@ def main(args):
             raise UserError(f"--parts {part} is unknown; there are {', '.join(PARTS)}")
     if args.dry and args.data == "squad":
         args.data = "synthetic"
+    args.device = args.device or str(pick_device()[0])
     path, run = Path(args.out) / "gpu.json", {"eval": evaluate}
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in wanted:

@@ -25,7 +25,7 @@ Words, one meaning each:
                    and in scope prompt), most are what each layer needs for it, the rest what is needed anyway
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
-tokens, d the LM's width, V the vocabulary; C rows and W columns of the encoder's pass, L places of a whole document.
+tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -266,18 +266,13 @@ class LatentWire(nn.Module):
         ratio = self.config.ratio if M is None and ratio is None else ratio
         return budget(length, M or max(budgets(self.config)), ratio)
 
-    @property
-    def chunk(self):
-        """How many tokens of a text the encoder reads at once."""
-        return self.config.max_prompt_tokens
-
     # -- batches
 
     def source(self, texts, counts, items=None):
         """The Source of texts (token ids each), counts[b] latents each; items: whose texts they are, where the question
         finds the latents."""
         asks = [self.layout.asks(item) for item in items] if self.layout.asks else None
-        return lay_source(self.layout.before, texts, counts, self.chunk, self.prompt.repeat, asks)
+        return lay_source(self.layout.before, texts, counts, self.prompt.repeat, asks)
 
     def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
@@ -315,8 +310,8 @@ class LatentWire(nn.Module):
     # -- passes
 
     def read(self, source):
-        """The encoder's pass: what it reads and what becomes of it, (C, W, d) each, and its keys and values, a tensor
-        (C, heads, W, d_head) a layer."""
+        """The encoder's pass: what it reads and what becomes of it, (B, W, d) each, and its keys and values, a tensor
+        (B, heads, W, d_head) a layer."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
@@ -335,31 +330,27 @@ class LatentWire(nn.Module):
         chooses, and no others are there."""
         layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
         embeds, hidden, keys, values = self.read(source)
-        text = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
+        text, count = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values), source.length - H
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
         if not source.whole and source.asks is None:
-            held = best(need, held, H, source.share, each or layout.late)
+            held = best(need, held, H, count, each or layout.late)
         elif not source.whole:
-            held = self.chosen(self.looked_at(text, source.asks), need, held, source.share, 1.0 if each else OWN)
-        held = [of_documents(stays, source) for stays in held]
+            held = self.chosen(self.looked_at(text, source.asks), need, held, count, 1.0 if each else OWN)
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
-            latent = kept[:, 0, H:, None]
-            base, hidden = (of_documents(y[:, None], source)[:, 0] for y in (embeds, hidden))
-            base, hidden = (y.take_along_dim(latent, 1).float() for y in (base, hidden))
+            base, hidden = (y.take_along_dim(kept[:, 0, H:, None], 1).float() for y in (embeds, hidden))
             there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
             return Latents(source.length, [there], [kept], prefix=self.adapter(hidden, base))
-        place = torch.arange(source.ids.shape[1], device=real.device)
-        keys = turn(self.lm, keys, source.by[:, None] * (place >= H))
-        keys, values, need = (side and [of_documents(y, source) for y in side]
-                              for side in (keys, values, need if layout.late else None))
-        place = torch.arange(source.flat.shape[1], device=real.device).expand(len(source.flat), 1, -1)
-        latents = Latents(source.length, held, [place] * len(keys), keys, values, need=need)
+        place = torch.arange(real.shape[1], device=real.device)
+        # Turned together: the text's last key would stand where the last of its latents stands in the cache.
+        keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (place >= H))
+        latents = Latents(source.length, held, [place.expand(len(real), 1, -1)] * len(keys), keys, list(values),
+                          need=need if layout.late else None)
         return latents.packed([source.most] * len(keys)) if each or layout.late else latents
 
     def needed(self, source, text):
-        """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (C, heads,
-        W) a layer; of an embeds wire, whose vectors have no layers and heads, one (C, 1, W)."""
+        """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (B, heads,
+        W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W)."""
         found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
         found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found
@@ -473,10 +464,3 @@ def best(scores, held, before, count, each):
 def ascending(stays):
     """stays (..., N) bool -> (..., N) the numbers of the places that stay, ascending, and those of the others."""
     return stays.int().sort(dim=-1, descending=True, stable=True).indices
-
-
-def of_documents(y, source):
-    """y (C, heads, W, ...) of the encoder's pass -> (B, heads, L, ...), each document's places; where it has none,
-    False or what there is."""
-    y = y.transpose(1, 2).flatten(0, 1)[source.flat.clamp(min=0)].transpose(1, 2)
-    return y & (source.flat >= 0)[:, None] if y.dtype == torch.bool else y

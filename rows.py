@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError
 from data import LATENT, PAD, pad
@@ -127,17 +128,12 @@ def exact_match(prediction, golds):
     return float(any(normalize(prediction) == normalize(gold) for gold in golds))
 
 
-def interval(values, seed=0, resamples=2000):
-    """95% bootstrap interval [low, high] of the mean of (n,) values."""
+def interval(values, over=None):
+    """95% bootstrap interval [low, high] of the mean of (n,) values, or of mean(values) / mean(over)."""
     values = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    return [float(x) for x in np.percentile(values[picks].mean(1), [2.5, 97.5])]
-
-
-def ratio_interval(a, b, seed=0, resamples=2000):
-    """95% bootstrap interval [low, high] of mean(a) / mean(b) over the same n questions."""
-    picks = np.random.default_rng(seed).integers(len(a), size=(resamples, len(a)))
-    return [float(x) for x in np.percentile(a[picks].mean(1) / np.maximum(b[picks].mean(1), 1e-9), [2.5, 97.5])]
+    picks = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    means = values[picks].mean(1) / (1.0 if over is None else np.maximum(over[picks].mean(1), 1e-9))
+    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,25 +189,15 @@ def other_contexts(items):
     return [after[item.example.context] for item in items]
 
 
-def resample(embeds, mask, M):
-    """Linear interpolation of each row's valid embeddings (B, T, d) to M (B,) places -> (B, max M, d)."""
-    length = mask.sum(1, keepdim=True)
-    m = torch.arange(int(M.max()), device=embeds.device)
-    place = ((m + 0.5) / M[:, None] * length - 0.5).clamp(min=0).minimum(length - 1.0)   # (B, M)
-    low = place.floor().long()
-    high = (low + 1).minimum(length - 1)
-    take = lambda index: embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
-    return torch.lerp(take(low), take(high), (place - low)[..., None].to(embeds.dtype))
-
-
 def adapter_latents(wire, texts, counts):
     """Latents of an embeds wire without its encoder: the texts' embeddings at counts[b] places through its adapter."""
     if wire.config.wire != "embeds":
         raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train "
                         "one with --wire embeds")
-    ids, M = pad(texts, PAD).to(wire.lm.device), torch.tensor(counts, device=wire.lm.device)
-    base = resample(embed(wire.lm, ids), ids != PAD, M).float()
-    return Latents(M, None, None, prefix=wire.adapter(base, base))
+    rows = [embed(wire.lm, torch.from_numpy(text)[None].long().to(wire.lm.device)).float() for text in texts]
+    base = pad_sequence([F.interpolate(row.transpose(1, 2), count, mode="linear")[0].T
+                         for row, count in zip(rows, counts)], True)
+    return Latents(torch.tensor(counts, device=base.device), None, None, prefix=wire.adapter(base, base))
 
 
 # ------------------------------------------------------------------------------------------------

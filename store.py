@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError, log, write_atomic
-from data import divide
 from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
@@ -103,19 +102,22 @@ class Document:
     ids: object = None
 
 
-def chunks(wire, text, count):
-    """For each chunk of a text (T,) that gets some of its `count` latents: where it begins, and its own Source."""
-    for begin, end, share in divide(len(text), count, wire.chunk):
-        if share:
-            yield begin, wire.source([text[begin:end]], [share]).to(wire.lm.device)
+def divide(length, count, chunk):
+    """[(begin, end, share), ...]: the chunks, of like length and of at most `chunk` tokens, in which a text of
+    `length` tokens is read, and how many of its `count` latents come from each: never more than it has tokens."""
+    pieces = max(1, -(-length // chunk))
+    ends = [c * length // pieces for c in range(pieces + 1)]
+    upto = [end * count // max(1, length) for end in ends]
+    return [(ends[c], ends[c + 1], upto[c + 1] - upto[c]) for c in range(pieces)]
 
 
 def encode(wire, text, count, each=False):
     """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk.
     each: every head holds as many, as the caches of other programs want it."""
     from tqdm import tqdm
-    parts, read = [], list(chunks(wire, text, count))
-    for begin, source in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
+    parts, read = [], [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
+    for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
+        source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
         part = wire.encode(source, each).packed()
         parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
     return join(wire, parts).packed() if len(parts) > 1 else parts[0]

@@ -55,15 +55,15 @@ import rows
 import store
 import train
 from common import UserError, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, continuations, divide, epoch_plan, group_by_context,
-                  lay_source, load_data, load_squad, synthetic)
+from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, group_by_context, lay_source, load_data,
+                  load_squad, synthetic)
 from lm import (LoRALinear, LoRASet, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
 from model import Latents, LatentWire, WireConfig, budgets, check_config, nearness, rarity
-from rows import (ROWS, evaluate_row, exact_match, f1_score, interval, kept_tokens, merge, other_contexts,
-                  own_row, ranks, ratio_interval, resample, rows_of, split_row)
-from store import (FORMAT, READS_OLDER, encode, join, load_document, load_trained, load_wire, read_checkpoint,
+from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens, merge,
+                  other_contexts, own_row, ranks, rows_of, split_row)
+from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
                    read_last_good, save_checkpoint)
 from train import Config, Plan, claim, hold_out, load_items, parse_config
 
@@ -280,31 +280,16 @@ def test_epoch_plan_has_batches_of_like_length_and_leaves_out_by_chance():
         epoch_plan(groups[:10], lengths, 64, 8, 0, 0)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4), st.integers(3, 50),
-       st.booleans())
-def test_any_text_gets_exactly_its_latents(texts, chunk, asked):
-    """Chunks cover a text and take their shares; keys are turned so that a chunk ends where its last latent stands."""
-    rng = np.random.default_rng(0)
-    ids, counts = [rng.integers(3, 50, T) for T, _ in texts], [min(T, M) for T, M in texts]
-    source = lay_source(np.array([1, 2]), ids, counts, chunk, np.array([60]),
-                        [np.array([61 + b]) for b in range(4)] if asked else None)
-    assert source.length.tolist() == [2 + count for count in counts] and source.most == 2 + max(counts)
-    assert source.ids.shape[1] <= 2 + chunk and source.whole == all(T <= M for T, M in texts)
-    row = 0
-    for b, (text, count) in enumerate(zip(ids, counts)):
-        flat, at, read = source.flat[b][source.flat[b] >= 0], 0, [1, 2]
-        for begin, end, share in divide(len(text), count, chunk):
-            assert share <= end - begin <= chunk and (begin or not at)
-            if share or len(read) == 2:
-                part, again = text[begin:end].tolist(), source.again[row].tolist()
-                assert source.ids[row].tolist()[:2 + len(part)] == [1, 2, *part] and source.share[row] == share
-                assert [x for x in again if x >= 0] == [60, *part]
-                assert source.asks[row].tolist() == [61 + b] if asked else source.asks is None
-                assert source.by[row] == at + share - len(part)
-                row, at, read = row + 1, at + share, read + part
-        assert source.ids.flatten()[flat].tolist() == read and at == count
-    assert row == len(source.ids) == len(source.by)
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_source_is_each_text_and_the_text_again(asked):
+    texts, asks = [np.arange(10, 15), np.arange(20, 22)], [np.array([7]), np.array([8, 9])]
+    row = lambda ids: [x for x in ids.tolist() if x != data.PAD]
+    source = lay_source(np.array([1, 2]), texts, [3, 2], np.array([60]), asks if asked else None)
+    assert [row(ids) for ids in source.ids] == [[1, 2, *text] for text in texts]
+    assert [row(ids) for ids in source.again] == [[60, *text] for text in texts]
+    assert [row(ids) for ids in source.asks] == [[7], [8, 9]] if asked else source.asks is None
+    assert source.length.tolist() == [5, 4] and source.most == 5 and not source.whole
+    assert lay_source(np.array([1, 2]), texts, [5, 2], np.array([60])).whole
 
 
 # ------------------------------------------------------------------------------------------------
@@ -646,7 +631,7 @@ def test_a_training_pass_asks_no_tensor_for_its_value(tiny, changes):
     """A GPU would have to be waited for. Tensors without values: .item() or a mask as an index would fail."""
     wire, prompt, items = make_wire(tiny, **changes)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    batch = bench.unreal(batch_of(wire, [items[:2], items[6:7]], 1), mode)
+    batch = batch_of(wire, [items[:2], items[6:7]], 1).map(mode.from_tensor)
     with mode:
         loss, parts, (logits, rms) = wire.loss(batch, {"tf": 1.0, "first": 0.5, "more": 0.3, "entropy": 0.5})
         loss.backward()
@@ -796,20 +781,8 @@ def test_packed_latents_are_read_as_they_are(tiny, changes):
     rows = [wire.layout.after(items[i]) for i in (0, 6)]
     once, again = (generate(wire.lm, prompt.tokenizer, rows, given, 8) for given in (latents, packed))
     assert once.ids == again.ids and np.allclose(once.sure, again.sure, atol=1e-4)
-    T = batch.source.flat.shape[1]
+    T = batch.source.ids.shape[1]
     assert all(torch.allclose(latents.rows([b]).of_tokens(T, 2), packed.rows([b]).of_tokens(T, 2)) for b in (0, 1))
-
-
-@torch.no_grad()
-def test_latents_of_a_chunk_are_those_of_its_text_alone(tiny):
-    """Each chunk is read as if alone, its keys turned to where they stand."""
-    wire, _, _ = make_wire(tiny, max_prompt_tokens=48)
-    text = np.random.default_rng(0).integers(3, 40_000, 80)
-    whole, second = wire.encode(wire.source([text], [8])), wire.encode(wire.source([text[40:]], [4]))
-    moved = turn(wire.lm, second.keys, torch.full((1, 1), 4))
-    assert all(torch.allclose(k[:, :, 42:], far[:, :, 2:], atol=1e-4) for k, far in zip(whole.keys, moved))
-    assert all(torch.allclose(v[:, :, 42:], w[:, :, 2:], atol=1e-5) for v, w in zip(whole.values, second.values))
-    assert all(torch.equal(h[..., 42:], own[..., 2:]) for h, own in zip(whole.held, second.held))
 
 
 @torch.no_grad()
@@ -984,8 +957,12 @@ def test_what_each_row_reads(tiny, monkeypatch):
     assert all(counted[key] == embeds[key] for key in ("tokens_read", "latents", "source_tokens"))
     with pytest.raises(UserError, match="--mode adapter needs a wire with an adapter; this one is --wire kv"):
         answer("adapter", kv)
-    x, there = torch.arange(8.0).view(1, 8, 1), torch.ones(1, 8, dtype=torch.bool)  # what the adapter gets
-    assert resample(x, there, torch.tensor([4])).flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+    text, more = items[0].context[:8], items[6].context[:3]  # its text at fewer places: between its tokens
+    each = embed(wire.lm, torch.from_numpy(text)[None].long())[0]
+    found = adapter_latents(wire, [text, more], [4, 3])
+    middle = (each[::2] + each[1::2]) / 2
+    assert torch.allclose(found.prefix[0], wire.adapter(middle, middle), atol=1e-6)
+    assert found.prefix.shape[:2] == (2, 4) and found.length.tolist() == [4, 3]
 
 
 @pytest.mark.parametrize("changes", WIRES[:-1], ids=str)
@@ -1107,7 +1084,7 @@ def test_intervals_cover_the_mean_and_are_paired():
     values = np.random.default_rng(1).random(400)
     low, high = interval(values)
     assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
-    assert ratio_interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
+    assert interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1979,30 +1956,47 @@ def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(3, 50))
+def test_any_text_gets_exactly_its_latents(T, M, chunk):
+    """Chunks of like length cover a text and take their shares."""
+    begins, ends, shares = zip(*divide(T, min(T, M), chunk))
+    lengths = [end - begin for begin, end in zip(begins, ends)]
+    assert begins == (0, *ends[:-1]) and ends[-1] == T and max(lengths) - min(lengths) <= 1
+    assert sum(shares) == min(T, M) and all(0 <= share <= length <= chunk for share, length in zip(shares, lengths))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_a_long_text_costs_its_chunks(files, changes):
+    """Each chunk is read as if alone, its keys turned to where they stand."""
     _, wire = files(**changes)
-    ids, H = item_of(wire, TEXT).context[:5 * wire.chunk], len(wire.layout.before)
-    count, read = wire.stored(len(ids), 23), []
-    with torch.no_grad():
-        at_once = wire.encode(wire.source([ids], [count])).packed()
-        hook = wire.lm.model.register_forward_pre_hook(
-            lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
-        latents = encode(wire, ids, count)
-        hook.remove()
-    cue, wanted = len(wire.prompt.repeat), []
-    for begin, end, share in divide(len(ids), count, wire.chunk):
-        wanted += [(1, H + end - begin), (1, cue + end - begin)]
-    assert read == wanted and len(read) == 10
+    chunk, H, read, at = wire.config.max_prompt_tokens, len(wire.layout.before), [], 0
+    ids = item_of(wire, TEXT).context[:5 * chunk]
+    count = wire.stored(len(ids), 23)
+    hook = wire.lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    latents = encode(wire, ids, count)
+    hook.remove()
     assert latents.length.tolist() == [H + count]
-    if latents.keys is None:
-        assert torch.allclose(latents.prefix, at_once.prefix, atol=1e-4)
-        return
-    for layer, there in enumerate(latents.held):
-        assert torch.equal(there.expand_as(at_once.held[layer]), at_once.held[layer])
-        assert torch.equal(latents.kept[layer][there], at_once.kept[layer].expand_as(there)[there])
-        for ours, theirs in zip((latents.keys, latents.values), (at_once.keys, at_once.values)):
-            assert torch.allclose(ours[layer] * there[..., None], theirs[layer] * there[..., None], atol=1e-4)
+    parts = divide(len(ids), count, chunk)
+    assert len(parts) == 5 and read == [(1, front + end - begin) for begin, end, _ in parts
+                                        for front in (H, len(wire.prompt.repeat))]
+    for begin, end, share in parts:
+        alone = wire.encode(wire.source([ids[begin:end]], [share])).packed()
+        if latents.keys is None:
+            assert torch.allclose(latents.prefix[:, at:at + share], alone.prefix, atol=1e-4)
+        else:
+            moved = turn(wire.lm, alone.keys, torch.full((1, 1), at))
+            for layer, heads in enumerate(alone.keys):
+                for h in range(heads.shape[1]):
+                    held, theirs, kept, whose = (side[layer].expand(1, heads.shape[1], -1)[0, h] for side in (
+                        latents.held, alone.held, latents.kept, alone.kept))
+                    held, theirs = held & (kept >= H + begin) & (kept < H + end), theirs & (whose >= H)
+                    assert torch.equal(kept[held], whose[theirs] + begin) and theirs.any() == held.any()
+                    for ours, those in ((latents.keys, moved), (latents.values, alone.values)):
+                        assert torch.allclose(ours[layer][0, h, held], those[layer][0, h, theirs], atol=1e-4)
+        at += share
 
 
 def test_counts_the_wire_was_not_trained_for_are_said(files, tmp_path, capsys):
