@@ -2,14 +2,15 @@
 One GPU, ten minutes: what it is, whether the code is right on it, the recommended run, every row, and what that took.
 
     bash run_hpc.sh gpu                                         # official SQuAD, downloaded once; writes runs/gpu
-    bash run_hpc.sh gpu --data TRAIN --eval_data DEV --lm LM --minutes 8
+    bash run_hpc.sh gpu OUT --data TRAIN --eval_data DEV --lm LM --minutes 8
     bash run_hpc.sh gpu --dry                                   # a few steps on synthetic passages, without a GPU too
 
 Parts, in order: facts, checks, train, eval, bench. A part that fails or runs out of time is noted in OUT/gpu.json with
-its reason, and the next one starts. train.py, eval.py and bench.py run as a user would run them, into OUT.
+its reason, and the next one starts. train.py, eval.py, report.py and bench.py run as a user would run them, into OUT.
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ LOGIT_BOUND = 0.25  # mean |difference| of log-probabilities that rounding to bf
 
 def parse_args(argv=None):
     p = Parser(__doc__)
+    p.add_argument("out", nargs="?", default="runs/gpu", help="folder (default runs/gpu)")
     p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
     p.add_argument("--data", default="squad", help="squad (default), synthetic, or the training file")
     p.add_argument("--eval_data", default="", help="what the rows answer (default: squad's dev split, or articles of a "
@@ -35,7 +37,6 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=int, default=500, help="questions that every row answers (default 500)")
     p.add_argument("--micro_batch", type=int, default=0, help="of train (default: the largest that fits)")
     p.add_argument("--dry", action="store_true", help="a few steps of everything")
-    p.add_argument("--out", default="runs/gpu", help="folder (default runs/gpu)")
     p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     return p.parse_args(argv)
 
@@ -44,6 +45,7 @@ if __name__ == "__main__":
     arguments = parse_args()
 
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import setup
@@ -77,12 +79,15 @@ def call(script, *flags, timeout, world=0):
 
 def facts(args, left):
     device, dtype, why = pick_device(args.device)
-    found = {"torch": torch.__version__, "device": device.type, "dtype": str(dtype), "why": why,
-             "nccl": torch.distributed.is_nccl_available(), "cpus": os.cpu_count()}
+    found = {"torch": torch.__version__, "transformers": transformers.__version__, "device": device.type,
+             "dtype": str(dtype), "why": why, "nccl": torch.distributed.is_nccl_available(), "cpus": os.cpu_count()}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
-        found |= {"card": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "gb": round(total / 1e9, 1),
-                  "free_gb": round(free / 1e9, 1), "capability": torch.cuda.get_device_capability(),
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else None
+        found |= {"card": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda,
+                  "gb": round(total / 1e9, 1), "free_gb": round(free / 1e9, 1),
+                  "capability": torch.cuda.get_device_capability(),
                   "attention": {"flash": torch.backends.cuda.flash_sdp_enabled(),
                                 "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
                                 "efficient": torch.backends.cuda.mem_efficient_sdp_enabled()}}
@@ -198,13 +203,14 @@ def evaluate(args, left):
     data = args.eval_data or (args.data if args.data in ("squad", "synthetic") else out / "held_out.jsonl")
     call("eval.py", "--mode", "all", "--ckpt", out / "ckpt" / "best", "--data", data, "--samples",
          6 if args.dry else args.samples, "--batch", 100, "--device", args.device, timeout=left())
+    call("report.py", out, timeout=left())
     return {"data": str(data)}
 
 
 def bench(args, left):
     few = ["--lengths", "64", "--repeats", 1, "--batch", 5] if args.dry else []
-    call("bench.py", "train", "answer", "scale", "--lm", args.lm, "--out", args.out, "--device", args.device, *few,
-         timeout=left())
+    call("bench.py", "train", "profile", "answer", "scale", "--lm", args.lm, "--out", args.out, "--device", args.device,
+         *few, timeout=left())
     return json.loads((Path(args.out) / "bench.json").read_text(encoding="utf-8"))
 
 

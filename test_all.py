@@ -1800,16 +1800,17 @@ def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc, script):
 
 def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys):
     """Every part of the ten minutes, in a few steps; what fails is noted and does not stop the others."""
-    given = ["--dry", "--lm", tiny, "--device", "cpu", "--out", str(tmp_path), "--minutes", "30"]
-    assert gpu.main(gpu.parse_args(given)) == 0
+    given = ["--dry", "--lm", tiny, "--device", "cpu", "--minutes", "30"]
+    assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert list(found) == list(gpu.PARTS) and found["facts"]["device"] == "cpu"
     assert found["checks"]["torchrun - alone"] == 0 == found["checks"]["resumed - alone"]
     assert 0 <= found["checks"]["bf16 - float32"] < gpu.LOGIT_BOUND
     assert found["train"]["questions"] > 0 and found["train"]["gflop_a_question"] > 0
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
-    assert metrics["samples"] == 6 and "latent_shuffled" in metrics and found["bench"]["answer"]
-    assert gpu.main(gpu.parse_args([*given, "--parts", "eval,facts", "--out", str(tmp_path / "empty")])) == 1
+    assert metrics["samples"] == 6 and "latent_shuffled" in metrics and (tmp_path / "report.html").exists()
+    assert found["bench"]["answer"] and found["bench"]["profile"]
+    assert gpu.main(gpu.parse_args([str(tmp_path / "empty"), *given, "--parts", "eval,facts"])) == 1
     found = json.loads((tmp_path / "empty/gpu.json").read_text())
     assert "no checkpoint" in found["eval"]["why"] and found["facts"]["ok"]
     assert "FAILED: error: --ckpt" in capsys.readouterr().out
