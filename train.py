@@ -285,8 +285,7 @@ def diagnostics(window, config, name):
         "prediction_diversity": len(histogram) / n, "dominant_predictions": histogram.most_common(5),
         "latent_rms": mean("rms"),
         "models": {name: {
-            "mode": "latent", **{key: mean(key) for key in ("tf", "first", "kce", "kd", "more")},
-            "entropy_loss": mean("entropy"),
+            "mode": "latent", **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
             "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
             "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
                                         "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
