@@ -405,7 +405,7 @@ def bench_articles(args):
         rng, f1, at = random.Random(T), {name: [] for name in counts}, []
         for title in rng.sample(sorted(articles), len(articles)):
             text, asked = article_text(wire.prompt, articles[title], T)
-            if len(at) >= args.samples or len(text) < T:
+            if len(at) >= args.samples or len(text) < T or not asked:
                 continue
             asked = rng.sample(asked, min(5, len(asked), args.samples - len(at)))
             at += [place for _, place in asked]
@@ -415,7 +415,8 @@ def bench_articles(args):
                 f1[name] += [f1_score(reply["answer"], item.example.answers)
                              for reply, (item, _) in zip(given, asked)]
         if not at:
-            raise UserError(f"--data {args.data} has no article of {T} tokens; give smaller --lengths")
+            raise UserError(f"--data {args.data} has no article of {T} tokens that hold a whole paragraph; give other "
+                            "--lengths")
         third = np.minimum((3 * np.array(at)).astype(int), 2)
         result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),

@@ -957,7 +957,7 @@ def test_what_each_row_reads(tiny, monkeypatch):
     assert all(counted[key] == embeds[key] for key in ("tokens_read", "latents", "source_tokens"))
     with pytest.raises(UserError, match="--mode adapter needs a wire with an adapter; this one is --wire kv"):
         answer("adapter", kv)
-    text, more = items[0].context[:8], items[6].context[:3]  # its text at fewer places: between its tokens
+    text, more = items[0].context[:8], items[0].context[8:11]  # a text at fewer places: between its tokens
     each = embed(wire.lm, torch.from_numpy(text)[None].long())[0]
     found = adapter_latents(wire, [text, more], [4, 3])
     middle = (each[::2] + each[1::2]) / 2
@@ -2510,7 +2510,7 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     """Finite figures for every wire and length; a text's cache is larger than its latents'; a step without values takes
     the bytes of a real one."""
     monkeypatch.setattr(bench, "LLAMA_8B", TINY)
-    bench.main(bench.parse_args(["all", "--lm", tiny, "--lengths", "64,128", "--repeats", "1", "--batch", "5",
+    bench.main(bench.parse_args(["all", "--lm", tiny, "--lengths", "128,256", "--repeats", "1", "--batch", "5",
                                  "--device", "cpu", "--ckpt", str(trained / "ckpt" / "best"), "--samples", "4",
                                  "--out", str(tmp_path)]))
     found = json.loads((tmp_path / "bench.json").read_text())
@@ -2528,7 +2528,7 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     several = found["documents"]["result"]
     assert several["1"]["named"] == 1 and all(0 <= several[count]["f1"] <= 1 for count in "124")
     long = found["articles"]["result"]
-    assert all(long[T]["n"] == 4 and {*map(len, long[T]["f1"].values())} == {4} for T in ("64", "128"))
+    assert all(long[T]["n"] == 4 and {*map(len, long[T]["f1"].values())} == {4} for T in ("128", "256"))
     assert "text/next" in capsys.readouterr().out
     with pytest.raises(UserError, match="zap is unknown; there are train"):
         bench.main(bench.parse_args(["all", "zap"]))
