@@ -20,7 +20,6 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
 Contenders alternate, in another order each round, and medians are reported: one that slows down slows all.
 """
 import json
-import math
 import random
 import statistics
 import time
@@ -404,8 +403,10 @@ def bench_articles(args):
     for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
         rng, f1, at = random.Random(T), {name: [] for name in counts}, []
         for title in rng.sample(sorted(articles), len(articles)):
+            if len(at) >= args.samples:
+                break
             text, asked = article_text(wire.prompt, articles[title], T)
-            if len(at) >= args.samples or len(text) < T or not asked:
+            if len(text) < T or not asked:
                 continue
             asked = rng.sample(asked, min(5, len(asked), args.samples - len(at)))
             at += [place for _, place in asked]

@@ -18,7 +18,7 @@ Shapes: A answer tokens of Q questions and, behind them, of C continuations; V t
 import torch
 import torch.nn.functional as F
 
-PARTS = ("tf", "kce", "first", "kd", "more", "entropy")  # each has a weight: a flag of train.py
+PARTS = ("tf", "first", "kce", "kd", "more", "entropy")  # each has a weight: a flag of train.py
 
 
 def per_question_mean(values, owner, size):

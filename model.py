@@ -332,10 +332,9 @@ class LatentWire(nn.Module):
         embeds, hidden, keys, values = self.read(source)
         text, count = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values), source.length - H
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
-        if not source.whole and source.asks is None:
-            held = best(need, held, H, count, each or layout.late)
-        elif not source.whole:
-            held = self.chosen(self.looked_at(text, source.asks), need, held, count, 1.0 if each else OWN)
+        if not source.whole:
+            held = (best(need, held, H, count, each or layout.late) if source.asks is None else
+                    self.chosen(self.looked_at(text, source.asks), need, held, count, 1.0 if each else OWN))
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
             base, hidden = (y.take_along_dim(kept[:, 0, H:, None], 1).float() for y in (embeds, hidden))

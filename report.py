@@ -35,10 +35,11 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
+from losses import PARTS
 from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
-LOSSES = ("tf", "first", "kce", "kd", "more", "find", "entropy")  # find: of older runs
+LOSSES = (*(part for part in PARTS if part != "entropy"), "find", "entropy")  # find: of older runs
 KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers with their prompts; checkpoint
 
 
