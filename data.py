@@ -646,6 +646,30 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
     return steps
 
 
+def join_paragraphs(items, tokens, seed):
+    """Items whose contexts are an article's successive paragraphs, one behind the other: as many as fit into a number
+    of tokens that is drawn for each text, up to `tokens`, so that there are short ones, too; one of a longer paragraph
+    has that alone. Items without a title stay as they are."""
+    articles, found, rng = {}, [], random.Random(f"join {seed}")
+    for item in items:
+        paragraphs = articles.setdefault(item.example.title or item.example.context, {})
+        paragraphs.setdefault(item.example.context, []).append(item)
+    for paragraphs in articles.values():
+        texts, room = [], 0
+        for questions in paragraphs.values():
+            room -= len(questions[0].context)
+            if room < 0:
+                texts.append([])
+                room = rng.randint(1, tokens) - len(questions[0].context)
+            texts[-1].append(questions)
+        for parts in texts:
+            text = " ".join(questions[0].example.context for questions in parts)
+            ids = np.concatenate([questions[0].context for questions in parts])
+            found += [replace(item, example=replace(item.example, context=text), context=ids)
+                      for questions in parts for item in questions]
+    return found
+
+
 def group_by_context(items):
     """Item numbers of each paragraph, in order of appearance: [[0, 1, 2], [3], ...]."""
     groups = {}

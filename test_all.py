@@ -267,6 +267,23 @@ def test_long_contexts_are_cut_and_counted():
         Prompt(smollm()[1], "plain", 5).items([Example("1", "a", "b", ("c",))])
 
 
+def test_joined_texts_are_successive_paragraphs_of_one_article_and_lose_none():
+    paragraphs = [(f"article {i // 20}" * (i < 80), f"<{i}>", 10 + i % 7) for i in range(100)]
+    items = [Item(Example(f"{text}{k}", text, "?", ("a",), title), np.full(length, int(text[1:-1])), None, None)
+             for title, text, length in paragraphs for k in range(3)]
+    joined = data.join_paragraphs(items, 60, 0)
+    assert [item.example.id for item in joined] == [item.example.id for item in items]
+    lengths = set()
+    for item, before in zip(joined, items):
+        numbers = [int(part[1:-1]) for part in item.example.context.split()]
+        assert before.example.context in item.example.context and numbers == [*range(numbers[0], numbers[-1] + 1)]
+        assert [*dict.fromkeys(item.context.tolist())] == numbers
+        assert len({paragraphs[n][0] for n in numbers}) == 1 and (item.example.title or len(numbers) == 1)
+        lengths.add(len(numbers))
+        assert len(item.context) == sum(paragraphs[n][2] for n in numbers) <= 60
+    assert lengths == {1, 2, 3, 4}
+
+
 def test_epoch_plan_has_batches_of_like_length_and_leaves_out_by_chance():
     groups, lengths = [[i] for i in range(1000)], [(i * 37) % 200 for i in range(1000)]
     plan = epoch_plan(groups, lengths, 32, 8, seed=0, epoch=3)

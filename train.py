@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
-from data import Prompt, epoch_plan, group_by_context, load_data
+from data import Prompt, epoch_plan, group_by_context, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option
@@ -51,6 +51,8 @@ class Config(WireConfig):
     eval_data: str = option("", "the same for the dev slice (default: the last articles of --data; synthetic: passages "
                                 "of its own)")
     samples: int = option(20_000, "training questions")
+    join: int = option(0, "a text is as many successive paragraphs of an article as fit into this many tokens or fewer, "
+                          "by chance; 0: a paragraph. For articles and books, with --ratio 8 and --pack 16")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
     epochs: int = option(20, "passes over the samples")
@@ -139,6 +141,9 @@ def parse_config(argv=None):
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
+    if not 0 <= config.join <= config.max_prompt_tokens:
+        raise UserError(f"--join {config.join} must be 0 to {config.max_prompt_tokens}, which the encoder reads at once "
+                        "(--max_prompt_tokens)")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
     if config.continuations < 0:
@@ -199,16 +204,20 @@ def unseen(config):
 def load_items(config, prompt):
     """(training items, dev items). The dev slice is fixed by the seed, and none of its articles is among those that
     eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
+    def items(examples):
+        found = prompt.items(examples)
+        return join_paragraphs(found, config.join, config.seed) if config.join else found
+
     eval_data = config.eval_data or config.data
     examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
     if eval_data == "synthetic":
-        train = prompt.items(examples)
+        train = items(examples)
         # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
-        dev = prompt.items(load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}"))
+        dev = items(load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}"))
     else:
-        train, held, what = prompt.items(examples), None, "none"
+        train, held, what = items(examples), None, "none"
         if config.eval_data:
-            held = prompt.items(load_data(eval_data, "dev"))
+            held = items(load_data(eval_data, "dev"))
         else:
             train, held, what = hold_out(train, 2 * config.eval_samples)
         pick, measure = split_held(held)
