@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,131 +84,66 @@ def load_data(source, split="train", samples=None, seed=0):
     return [examples[i] for i in random.Random(seed).sample(range(len(examples)), samples)]
 
 
-# What other formats become lines of JSON with, in the folder of the file.
-CONVERT = {".parquet": "pandas.read_parquet({0!r}).to_json({1!r}, orient='records', lines=True)",
-           ".csv": "pandas.read_csv({0!r}).to_json({1!r}, orient='records', lines=True)",
-           ".tsv": "pandas.read_csv({0!r}, sep='\\t').to_json({1!r}, orient='records', lines=True)",
-           ".xlsx": "pandas.read_excel({0!r}).to_json({1!r}, orient='records', lines=True)",
-           ".feather": "pandas.read_feather({0!r}).to_json({1!r}, orient='records', lines=True)",
-           ".arrow": "datasets.Dataset.from_file({0!r}).to_json({1!r})"}
-
-
 def load_squad(source, split="train"):
     """Read SQuAD by name ("squad") or from a file: SQuAD v1.1 or v2.0 layout, a list of records, or one record a line,
     each {"context", "question", "answers"} and, if any, "id" and "title"; .gz or not. Answers may be a string, a list
     of strings, or SQuAD's {"text": ...} in either shape. Questions without an answer (SQuAD v2.0, or "") are left out
-    and counted in a notice. Raises UserError naming the file, line or key that is wrong."""
+    and counted in a notice. Raises UserError naming the file and the place in it that is wrong."""
     path = download_squad(split) if source == "squad" else Path(source).expanduser()
-    if path.is_dir():
-        raise UserError(f"--data {source} is a folder; name the .json, .json.gz or .jsonl file in it")
-    if not path.exists():
-        raise UserError(f"--data {source}: no such file; give a path, or one of the names squad, synthetic")
-    plain = path.with_suffix("") if path.name.lower().endswith(("csv.gz", "tsv.gz")) else path  # pandas opens these
-    if plain.suffix.lower() in CONVERT:
-        code = CONVERT[plain.suffix.lower()].format(path.name, f"{plain.stem}.jsonl")
-        raise UserError(f"--data {source} is not JSON; convert it: python -c \"import {code.split('.')[0]}; {code}\"")
+    found, where = [], "its start"
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
             text = f.read()
-    except EOFError:
-        raise UserError(f"{path} is a truncated gzip file; copy or download it again") from None
-    except (zlib.error, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    found = [_example(path, where, record) for where, record in _records(path, text)]
+        for where, record in _records(text):
+            found.append(_example(record, f"#{len(found) + 1}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg}); other formats become it by pandas: "
+                        "to_json(NAME.jsonl, orient='records', lines=True)") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"--data {source} cannot be read ({error}); give squad, synthetic, or a .json, .json.gz or "
+                        ".jsonl file") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}, at or behind {where}: {type(error).__name__} {error}; a question has context, "
+                        "question and answers, by itself or in SQuAD's layout") from None
     examples = [example for example in found if example.answers]
     if len(found) > len(examples):
         log(f"notice: {path.name}: left out {len(found) - len(examples)} questions without an answer")
     if not examples:
         raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
-    return _distinct(path, examples)
+    return examples
 
 
-def _records(path, text):
-    """(where it stands in the file, record) of each question; what surrounds a record in SQuAD's layout is in it."""
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        yield from _lines(path, text)
-        return
-    try:
-        root = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, whatever the file is called
-            yield from _lines(path, text)
-            return
-        raise UserError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
-    rows = root.get("data", [root]) if isinstance(root, dict) else root
-    if not isinstance(rows, list):
-        raise UserError(f"{path} is JSON but neither in SQuAD layout (data > paragraphs > context, qas) nor a list of "
-                        "records with context, question, answers")
-    for n, row in enumerate(rows):
-        if not isinstance(row, dict) or "paragraphs" not in row:
-            yield f": record {n}", row
-            continue
-        where = f": data[{n}].paragraphs"
-        for p, paragraph in enumerate(_part(path, where, row["paragraphs"], list)):
-            for q, qa in enumerate(_part(path, f"{where}[{p}]", paragraph, dict, "qas", list)):
-                context = _part(path, f"{where}[{p}]", paragraph, dict, "context", str)
-                yield f"{where}[{p}].qas[{q}]", {"context": context, "title": row.get("title"),
-                                                 **_part(path, f"{where}[{p}].qas[{q}]", qa, dict)}
+def _records(text):
+    """(where it stands, record) of each question; what surrounds a record in SQuAD's layout is in it. The text is one
+    JSON value, or several behind each other, as in a .jsonl file."""
+    space, read, roots = re.compile(r"\s*"), json.JSONDecoder().raw_decode, []
+    at = space.match(text).end()
+    while at < len(text):
+        root, at = read(text, at)
+        at = space.match(text, at).end()
+        roots += root if isinstance(root, list) else root["data"] if "data" in root else [root]
+    for n, row in enumerate(roots, 1):
+        for p, paragraph in enumerate(row["paragraphs"] if "paragraphs" in row else [{**row, "qas": [{}]}], 1):
+            for q, qa in enumerate(paragraph["qas"], 1):
+                yield f"record {n}, paragraph {p}, question {q}", {"title": row.get("title"), **paragraph, **qa}
 
 
-def _lines(path, text):
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f" line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error.msg})") from None
-
-
-KINDS = {dict: "an object", list: "a list", str: "a string"}
-
-
-def _part(path, where, value, kind, key=None, inner=None):
-    """The value, or what it has under a key, if each is of its kind."""
-    if not isinstance(value, kind):
-        raise UserError(f"{path}{where} is not {KINDS[kind]}")
-    if key is None:
-        return value
-    if key not in value:
-        raise UserError(f"{path}{where} lacks the key '{key}'")
-    return _part(path, f"{where}, {key},", value[key], inner)
-
-
-def _example(path, where, record):
-    """The Example of a record; without answers where it has none, or none but blanks."""
-    take = lambda key, kind: _part(path, where, record, dict, key, kind)
-    text = lambda value: whole(value).replace("\r\n", "\n")
+def _example(record, number):
+    """The Example of a record, called by its number if it has no id; without answers where it has none but blanks."""
+    def text(value):
+        if not isinstance(value, str):
+            raise TypeError(f"{json.dumps(value)[:40]} is not a string")
+        return whole(value).replace("\r\n", "\n")
 
     def flat(answers):
-        if isinstance(answers, dict) and "text" in answers:
+        if isinstance(answers, dict):
             return flat(answers["text"])
         if isinstance(answers, list):
             return [one for answer in answers for one in flat(answer)]
-        if answers is None:
-            return []
-        if not isinstance(answers, (str, int, float)) or isinstance(answers, bool):
-            raise UserError(f"{path}{where}: an answer must be a string, not {json.dumps(answers)[:40]}")
-        return [text(str(answers))]
-    context, question = text(take("context", str)), text(take("question", str))
-    answers = [] if record.get("is_impossible") else flat(take("answers", object))
-    name = lambda key: text(str(value)) if (value := record.get(key)) is not None else ""
-    return Example(name("id"), context, question, tuple(filter(str.strip, answers)), name("title"))
-
-
-def _distinct(path, examples):
-    """The same with ids that tell them apart: what has none is called by its number, and what comes twice too."""
-    seen, again, named = set(), 0, {example.id for example in examples}
-    for number, example in enumerate(examples, 1):
-        if example.id in seen or not example.id:
-            again += bool(example.id)
-            new = f"{example.id}#{number}"
-            while new in named:  # somebody's own id may look like that
-                new += "#"
-            examples[number - 1] = replace(example, id=new)
-        seen.add(example.id)
-    if again:
-        log(f"notice: {path.name}: {again} ids are there twice; their questions' numbers are put behind them")
-    return examples
+        return [] if answers is None else [text(str(answers))]
+    answers = [] if record.get("is_impossible") else flat(record["answers"])
+    return Example(text(str(record.get("id") or number)), text(record["context"]), text(record["question"]),
+                   tuple(filter(str.strip, answers)), text(str(record.get("title") or "")))
 
 
 def whole(text):
