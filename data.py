@@ -22,8 +22,6 @@ import os
 import random
 import re
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -32,8 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.hub import download_url_to_file
+from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError, log
+
 
 def _cache():
     """The folder of what is downloaded and converted; of a user without a home, a temporary one."""
@@ -153,37 +154,16 @@ def whole(text):
 
 def download_squad(split):
     """Path of the official file of `split`, downloaded into the cache on first use and checked by SHA-256."""
-    from tqdm import tqdm
     if split not in SQUAD_SHA256:
         raise UserError(f"split {split!r} of squad does not exist; there are {', '.join(SQUAD_SHA256)}")
     path = CACHE / f"{split}-v1.1.json"
-    if path.exists():
-        return path
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may start at once
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-    except OSError as error:
-        raise UserError(f"{path.parent} cannot be written ({error.strerror}); set LATENTWIRE_CACHE to a folder of "
-                        "yours, or give a local file with --data PATH") from None
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(SQUAD_URL + path.name, timeout=30) as response, open(part, "wb") as f:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := response.read(1 << 16):
-                    f.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != SQUAD_SHA256[split]:
-            raise UserError(f"{path.name} from {SQUAD_URL} has a wrong SHA-256 ({digest.hexdigest()[:12]}...); "
-                            "it was removed, try again or give a local file with --data")
-        os.replace(part, path)
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"cannot download SQuAD ({getattr(error, 'reason', error)}); offline, give a local file with "
-                        "--data PATH or use --data synthetic") from None
-    finally:
-        part.unlink(missing_ok=True)
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            download_url_to_file(SQUAD_URL + path.name, str(path), SQUAD_SHA256[split])
+        except (OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
+            raise UserError(f"cannot download SQuAD into {CACHE} ({error}); set LATENTWIRE_CACHE to a folder of yours, "
+                            "give a local file with --data PATH, or use --data synthetic") from None
     return path
 
 
@@ -442,11 +422,7 @@ class Prompt:
 
 def pad(arrays, value, left=False):
     """Stack 1-D integer arrays of unequal length into (B, longest), `value` filling the right (or left) side."""
-    width = max(len(array) for array in arrays)
-    out = np.full((len(arrays), width), value, dtype=np.int64)
-    for row, array in zip(out, arrays):
-        row[width - len(array) if left else 0:][:len(array)] = array
-    return torch.from_numpy(out)
+    return pad_sequence([torch.as_tensor(array).long() for array in arrays], True, value, "left" if left else "right")
 
 
 class Tensors:
