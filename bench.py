@@ -456,7 +456,7 @@ def lingua_items(compressor, prompt, items, M):
     for text in dict.fromkeys(texts):
         size = compressor.get_token_length(text, False)
         short = compressor.compress_prompt([text], target_token=M, iterative_size=size)["compressed_prompt"]
-        found[text] = prompt.tokenize(" " + short.strip())[:M]
+        found[text] = prompt.tokenize([" " + short.strip()])[0][:M]
     return [replace(item, context=found[text]) for item, text in zip(items, texts)]
 
 

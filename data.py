@@ -14,15 +14,12 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
 Shapes are written with B rows, T context tokens, M latents, N cached places (the text before the latents, then they),
 S tokens of a row, A answer tokens, W columns of an encoder pass.
 """
-import contextlib
 import gzip
-import hashlib
 import json
 import os
 import random
 import re
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +47,6 @@ SQUAD_SHA256 = {
     "train": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
     "dev": "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
 }
-CACHED_TEXTS = 5000  # so many texts or more are tokenised once and kept
 LATENT = -1  # stands in a row of token ids where a latent goes
 PAD = -2     # stands where nothing is
 SYSTEM = "You answer questions about the given context. Reply with the shortest span that answers, and nothing else."
@@ -145,6 +141,27 @@ def _example(record, number):
     answers = [] if record.get("is_impossible") else flat(record["answers"])
     return Example(text(str(record.get("id") or number)), text(record["context"]), text(record["question"]),
                    tuple(filter(str.strip, answers)), text(str(record.get("title") or "")))
+
+
+def join_paragraphs(examples, prompt, tokens, seed):
+    """Examples whose contexts are an article's successive paragraphs, one behind the other: as many as fit into a number
+    of tokens that is drawn for each text, up to `tokens`, so that there are short ones, too; one of a longer paragraph
+    has that alone. Examples without a title stay as they are."""
+    rng, found = random.Random(f"join {seed}"), []
+    contexts = list(dict.fromkeys(example.context for example in examples))
+    length = dict(zip(contexts, map(len, prompt.tokenize([" " + context for context in contexts]))))
+    for article in grouped(examples, lambda example: example.title or example.context):
+        texts, room = [], 0
+        for questions in grouped(article, lambda example: example.context):
+            room -= length[questions[0].context]
+            if room < 0:
+                texts.append([])
+                room = rng.randint(1, tokens) - length[questions[0].context]
+            texts[-1].append(questions)
+        for parts in texts:
+            text = " ".join(questions[0].context for questions in parts)
+            found += [replace(example, context=text) for questions in parts for example in questions]
+    return found
 
 
 def whole(text):
@@ -289,24 +306,24 @@ class Prompt:
             first = tokenizer("").input_ids
             if first and first[-1] == tokenizer.eos_token_id and first != [tokenizer.bos_token_id]:
                 first = first[:-1]  # add_eos_token: the text goes on here
-            self.pre, self.post = self._template(first), self._template([])
+            self.pre, self.post = np.array(first, np.int32), np.array([], np.int32)
         elif style == "chat":
             if not getattr(tokenizer, "chat_template", None):
                 raise UserError("--prompt chat: this language model's tokenizer has no chat template; use --prompt "
                                 "plain")
-            self.pre, self.post = (self._template(tokenizer(part, add_special_tokens=False).input_ids)
+            self.pre, self.post = (np.array(tokenizer(part, add_special_tokens=False).input_ids, np.int32)
                                    for part in self._around_user())
         else:
             raise UserError(f"--prompt {style!r} is unknown; there are plain, chat")
         self.mark, self.skip = "", 0
-        self.head = self.tokenize("Context:")
+        self.head, = self.tokenize(["Context:"])
         # SentencePiece puts a space in front of a text: " Rome" would be two pieces, and one where it goes on a text.
         start, alone, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "a", "\na"))
         if behind[:len(start)] == start and behind[len(start):] != alone:
             self.mark, self.skip = "\n", len(start)
-        self.anchor, self.repeat, self.cue = map(self.tokenize, ("Answer:", "\nRepeat:", "\nContinue:"))
-        # around every question
-        self.around = np.concatenate([self.tokenize("\nQuestion:"), self.tokenize("\n")])
+        self.anchor, self.repeat, self.cue, *around = self.tokenize(["Answer:", "\nRepeat:", "\nContinue:",
+                                                                     "\nQuestion:", "\n"])
+        self.around = np.concatenate(around)  # every question
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
@@ -328,49 +345,18 @@ class Prompt:
             after = f"{after.rstrip()}\n\n</think>\n\n"
         return before, after
 
-    @staticmethod
-    def _template(ids):
-        return np.asarray(ids, dtype=np.int32)
-
-    def tokenize(self, text):
-        """Token ids of a user's text. A special token typed in it stays plain text: it cannot end the prompt."""
-        return self._tokenize_all([text])[0]
-
-    def _tokenize_all(self, texts):
-        """Token ids of each text. Many texts are tokenised once and kept in the cache, whose names are checksums."""
-        if len(texts) < CACHED_TEXTS or not self.tokenizer.is_fast:
-            ids = self.tokenizer([self.mark + text for text in texts], add_special_tokens=False,
-                                 split_special_tokens=True, return_attention_mask=False).input_ids
-            return [self._template(row[self.skip:]) for row in ids]
-        digest = hashlib.sha256((self.tokenizer.backend_tokenizer.to_str() + self.mark).encode("utf-8"))
-        for text in texts:
-            digest.update(text.encode("utf-8") + b"\xff")  # a byte that no text has
-        path = CACHE / "tokens" / f"{digest.hexdigest()[:32]}.npz"
-        # then made anew
-        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            with np.load(path) as kept:
-                rows = np.split(kept["ids"], np.cumsum(kept["lengths"])[:-1])
-            if len(rows) == len(texts):
-                return rows
-        rows = []
-        for start in range(0, len(texts), CACHED_TEXTS - 1):
-            rows += self._tokenize_all(texts[start:start + CACHED_TEXTS - 1])
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{os.getpid()}.{path.name}")
-            try:
-                np.savez(part, ids=np.concatenate(rows), lengths=np.array([len(row) for row in rows]))
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-        return rows
+    def tokenize(self, texts):
+        """Token ids of users' texts. A special token typed in one stays plain text: it cannot end the prompt."""
+        ids = self.tokenizer([self.mark + text for text in texts], add_special_tokens=False, split_special_tokens=True,
+                             return_attention_mask=False).input_ids
+        return [np.array(row[self.skip:], np.int32) for row in ids]
 
     def items(self, examples):
         """Tokenise examples; a context shared by many questions is tokenised once and kept once."""
         texts = list(dict.fromkeys(example.context for example in examples))
-        contexts = dict(zip(texts, self._tokenize_all([" " + text for text in texts])))
-        questions = self._tokenize_all([f"\nQuestion: {example.question.strip()}\n" for example in examples])
-        answers = self._tokenize_all([" " + example.answers[0].strip() for example in examples])
+        contexts = dict(zip(texts, self.tokenize([" " + text for text in texts])))
+        questions = self.tokenize([f"\nQuestion: {example.question.strip()}\n" for example in examples])
+        answers = self.tokenize([" " + example.answers[0].strip() for example in examples])
         items = []
         for example, question, answer in zip(examples, questions, answers):
             answer, context = np.append(answer, np.int32(self.end)), contexts[example.context]
@@ -557,33 +543,14 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
     return steps
 
 
-def join_paragraphs(items, tokens, seed):
-    """Items whose contexts are an article's successive paragraphs, one behind the other: as many as fit into a number
-    of tokens that is drawn for each text, up to `tokens`, so that there are short ones, too; one of a longer paragraph
-    has that alone. Items without a title stay as they are."""
-    articles, found, rng = {}, [], random.Random(f"join {seed}")
-    for item in items:
-        paragraphs = articles.setdefault(item.example.title or item.example.context, {})
-        paragraphs.setdefault(item.example.context, []).append(item)
-    for paragraphs in articles.values():
-        texts, room = [], 0
-        for questions in paragraphs.values():
-            room -= len(questions[0].context)
-            if room < 0:
-                texts.append([])
-                room = rng.randint(1, tokens) - len(questions[0].context)
-            texts[-1].append(questions)
-        for parts in texts:
-            text = " ".join(questions[0].example.context for questions in parts)
-            ids = np.concatenate([questions[0].context for questions in parts])
-            found += [replace(item, example=replace(item.example, context=text), context=ids)
-                      for questions in parts for item in questions]
-    return found
+def grouped(things, key):
+    """[the things that have one key, those that have the next, ...], in order of appearance."""
+    groups = {}
+    for thing in things:
+        groups.setdefault(key(thing), []).append(thing)
+    return list(groups.values())
 
 
 def group_by_context(items):
     """Item numbers of each paragraph, in order of appearance: [[0, 1, 2], [3], ...]."""
-    groups = {}
-    for number, item in enumerate(items):
-        groups.setdefault(item.example.context, []).append(number)
-    return list(groups.values())
+    return grouped(range(len(items)), lambda number: items[number].example.context)

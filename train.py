@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
-from data import Prompt, epoch_plan, group_by_context, join_paragraphs, load_data
+from data import Prompt, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option
@@ -164,36 +164,6 @@ def lr_factor(progress, warmup):
     return 0.5 * (1 + math.cos(math.pi * done))                              # 2) cosine down to 0
 
 
-def by_article(items):
-    """{title, or context where it has none: its items}."""
-    groups = {}
-    for item in items:
-        groups.setdefault(item.example.title or item.example.context, []).append(item)
-    return groups
-
-
-def hold_out(items, n):
-    """(training items, held-out items, what was held out): the last 4.5% of a file's articles (20 of SQuAD's 442), or
-    of its contexts where it names no articles, two where there are five; more, up to a fifth, until there are n
-    questions."""
-    groups, held = by_article(items), []
-    names = list(groups)
-    wanted = max(1 + (len(names) >= 5), round(0.045 * len(names)))
-    most = max(wanted, len(names) // 5)
-    while len(names) > 1 and (len(held) < wanted or len(held) < most and sum(len(groups[name]) for name in held) < n):
-        held.append(names.pop())
-    flat = lambda names: [item for name in names for item in groups[name]]
-    kind = "articles" if items and items[0].example.title else "contexts"
-    return flat(names), flat(held), f"the last {len(held)} {kind}"
-
-
-def split_held(items):
-    """Held-out items -> (those that pick the checkpoint, those that measure it), of every other article each; of one
-    article alone both are all."""
-    groups = [*by_article(items).values()]
-    return (items, items) if len(groups) == 1 else (sum(groups[::2], []), sum(groups[1::2], []))
-
-
 def unseen(config):
     """--data for eval.py: what neither trained the wire nor picked its checkpoint."""
     if (config.eval_data or config.data) == "synthetic":
@@ -204,43 +174,44 @@ def unseen(config):
 def load_items(config, prompt):
     """(training items, dev items). The dev slice is fixed by the seed, and none of its articles is among those that
     eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
-    def items(examples):
-        found = prompt.items(examples)
-        return join_paragraphs(found, config.join, config.seed) if config.join else found
-
+    flat = lambda groups: [example for group in groups for example in group]
+    articles = lambda examples: grouped(examples, lambda example: example.title or example.context)
+    join = lambda examples: join_paragraphs(examples, prompt, config.join, config.seed) if config.join else examples
     eval_data = config.eval_data or config.data
-    examples = load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed)
+    train = join(load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed))
     if eval_data == "synthetic":
-        train = items(examples)
         # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
-        dev = items(load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}"))
+        dev = load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}")
     else:
-        train, held, what = items(examples), None, "none"
         if config.eval_data:
-            held = items(load_data(eval_data, "dev"))
-        else:
-            train, held, what = hold_out(train, 2 * config.eval_samples)
-        pick, measure = split_held(held)
+            held = articles(join(load_data(eval_data, "dev")))
+        else:  # the last 4.5% of the articles (20 of SQuAD's 442), or of the contexts of a file that names none; more,
+            # up to a fifth, where those have few questions
+            groups = articles(train)
+            n = max(1 + (len(groups) >= 5), round(0.045 * len(groups)))
+            while n < len(groups) // 5 and sum(map(len, groups[-n:])) < 2 * config.eval_samples:
+                n += 1
+            train, held = flat(groups[:-n]), groups[:-n - 1:-1]
+        pick, measure = flat(held[::2]), flat(held[1::2] or held)
         dev = random.Random(config.seed).sample(pick, min(config.eval_samples, len(pick)))
-        log(f"notice: {what} of {config.data} are held out; the dev slice is {len(dev)} questions of "
-            + (f"every other article of {eval_data}, the others' are" if pick is not measure else
-               "the one article that is there, so what picks the checkpoint measures it too; all are")
-            + f" in {config.out}/held_out.jsonl")
+        log(f"notice: {len(held)} articles or contexts of {eval_data} are held out; the dev slice is {len(dev)} "
+            f"questions of every other one, the others' are in {config.out}/held_out.jsonl")
         if first_process():
-            lines = "".join(json.dumps(asdict(item.example)) + "\n" for item in measure)
+            lines = "".join(json.dumps(asdict(example)) + "\n" for example in measure)
             write_atomic(Path(config.out) / "held_out.jsonl", lines)
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
-        groups = group_by_context(train)
+        groups = grouped(train, lambda example: example.context)
         random.Random(config.seed).shuffle(groups)
-        train = [train[i] for group in groups for i in group][:config.samples]
+        train = flat(groups)[:config.samples]
     elif config.samples > len(train):
         log(f"notice: {config.samples} samples asked for, {len(train)} are there: using all of them")
     if not train or not dev:
         raise UserError(f"--data {config.data} leaves {len(train)} training and {len(dev)} dev questions; give "
                         "more data")
+    items = prompt.items(train), prompt.items(dev)
     prompt.report_cuts(config.data)
-    return train, dev
+    return items
 
 
 # ------------------------------------------------------------------------------------------------
