@@ -318,23 +318,6 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
     }
 
 
-def merge(parts):
-    """What `evaluate_row` returns for items of which parts[i] is what it returned for items[i::len(parts)]."""
-    size, merged = [len(part["f1"]) for part in parts], {}
-    for key, first in parts[0].items():
-        values = [part[key] for part in parts]
-        if isinstance(first, list):
-            merged[key] = [None] * sum(size)
-            for i, value in enumerate(values):
-                merged[key][i::len(parts)] = value
-        elif key == "tokens" or key.endswith("_s"):
-            merged[key] = sum(values)
-        else:
-            weights = [part["tokens"] for part in parts] if key == "nll_token" else size
-            merged[key] = float(np.average(values, weights=weights))
-    return merged
-
-
 def summary(result):
     """The scores of one row as they stand in metrics.json."""
     n = len(result["f1"])

@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ from data import Prompt, epoch_plan, group_by_context, grouped, join_paragraphs,
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option
-from rows import evaluate_row, kept_tokens, merge, own_row, summary
+from rows import evaluate_row, kept_tokens, own_row, summary
 from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
 try:
@@ -657,39 +658,24 @@ class Stopped(Exception):
     """A signal came while the dev slice was being answered."""
 
 
-class _Watch:
-    """The bar of an evaluation: ends it when a signal comes, so that a checkpoint is written in time. Processes that
-    all answer all of the questions stop together."""
-
-    def __init__(self, run, together):
-        self.run, self.together = run, together
-
-    def update(self, n):
-        stopping = float(bool(self.run.stopping))
-        if most(self.run, stopping)[0] if self.together else stopping:
-            raise Stopped
-
-
 def evaluate(run):
-    """Dev F1 of the wire's own row; keeps the best checkpoint. Each process answers a share of the questions, so that
-    none waits for another; those of a sharded LM, which work together, all answer all. Returns whether a signal ended
-    it, in all processes alike."""
+    """Dev F1 of the wire's own row; keeps the best checkpoint. Every process answers all of the questions, so that none
+    waits for another. Returns whether a signal ended it, in all processes alike."""
     state, row = run.state, own_row(run.config)
-    shared = run.world > 1 and not run.config.shard and len(run.dev) >= run.world
-    dev, watch = run.dev[run.rank::run.world] if shared else run.dev, _Watch(run, not shared)
+
+    def watch(n):  # in time for a checkpoint
+        if most(run, float(bool(run.stopping)))[0]:
+            raise Stopped
     run.wire.eval()
     try:
-        results = [evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, dev, run.wire, bar=watch)]
+        scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire,
+                                      bar=SimpleNamespace(update=watch)))
     except Stopped:
-        results = [None]
+        return True
     finally:
         run.wire.train()
-    if shared:
-        mine, results = results[0], [None] * run.world
-        dist.all_gather_object(results, mine)
-    if None in results or not run.master:
-        return None in results
-    scores = summary(merge(results))
+    if not run.master:
+        return False
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
