@@ -4,7 +4,6 @@ switched on and off.
 
 Shapes: B rows, S tokens that the LM reads, N cached places, M latents, A answer tokens, d the LM's width, V its words.
 """
-import atexit
 import contextlib
 import hashlib
 import importlib.util
@@ -16,7 +15,6 @@ import re
 import shutil
 import socket
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -203,47 +201,26 @@ def _converted(gguf):
     if folder.exists():
         return folder
     log(f"converting {gguf.name} once, about 20 s ...")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except ImportError as error:
-        raise UserError(f"reading {gguf.name} needs the packages gguf and accelerate: "
-                        f"{str(error).strip().splitlines()[0]}") from None
-    except Exception as error:  # the reader raises anything on a damaged file
-        raise UserError(f"cannot read {gguf}: {error}") from None
-    state = {key: value.contiguous() for key, value in lm.state_dict().items()}
-    if lm.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    if hasattr(lm.config, "quantization_config"):
-        del lm.config.quantization_config
-
-    def write(part):
+        state = {key: value.contiguous() for key, value in lm.state_dict().items()}
+        if lm.config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        vars(lm.config).pop("quantization_config", None)
         part.mkdir(parents=True, exist_ok=True)
         save_file(state, part / "model.safetensors", metadata={"format": "pt"})
         for piece in (lm.config, lm.generation_config, tokenizer):
             piece.save_pretrained(part)
-
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    try:
-        write(part)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        log(f"warning: {folder.parent} cannot be written ({error}), so this is done again next time; set "
-            "LATENTWIRE_CACHE to a folder of yours")
-        folder = Path(tempfile.mkdtemp())
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        try:
-            write(folder)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be written either ({error}); set TMPDIR to a folder with 600 MB of "
-                            "room") from None
-        return folder
-    try:
         os.rename(part, folder)
-    except OSError:
+    except Exception as error:  # the reader raises anything on a damaged file
         if not folder.exists():
-            raise
-        shutil.rmtree(part)
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"cannot read {gguf}, or write it to {folder.parent} ({why}); it takes the packages gguf "
+                            "and accelerate, and LATENTWIRE_CACHE may name another folder") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 
