@@ -14,12 +14,6 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line that names the bad value and the fix."""
 
 
-def nearest(flag, known):
-    """A hint for a mistyped flag: "; did you mean --latents?", or nothing."""
-    near = difflib.get_close_matches(flag.split("=")[0], known, 1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with this project's manners: the docstring as it is, defaults in --help, one line for a mistake."""
 
@@ -29,7 +23,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
             flag = message.split()[2]
-            message = f"{flag} is not a flag of {self.prog}" + nearest(flag, list(self._option_string_actions))
+            near = difflib.get_close_matches(flag.split("=")[0], self._option_string_actions, 1)
+            message = (f"{flag} is not a flag of {self.prog}; "
+                       + (f"did you mean {near[0]}?" if near else "--help lists them all"))
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -49,7 +49,7 @@ def train_command(config):
                         "write table: in place of runs:")
     idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
-    flags = [f"--{name} {shown(value)}" for name, value in config.items()
+    flags = [f"--{name}" + ("" if value is True else f" {shown(value)}") for name, value in config.items()
              if name not in idle and value != usual[name]]
     return " ".join([f"python train.py --preset {preset}", *flags, f"--out {config['out']}"])
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import UserError, append_line, first_process, log, nearest, read_lines, run_main, write_atomic
+from common import Parser, UserError, append_line, first_process, log, read_lines, run_main, write_atomic
 from data import Prompt, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
@@ -111,31 +111,21 @@ TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "e
           "preset": "the run"}
 
 
-def mistake(message):
-    raise UserError(message)
-
-
 def parse_config(argv=None):
-    from transformers import HfArgumentParser
+    first = Parser("")  # the other flags' defaults hang on the preset
+    first.add_argument("--preset", default="default")
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(Config, description=__doc__.strip().split("\n")[0], allow_abbrev=False)
-    preset = next((argv[i + 1] for i, arg in enumerate(argv[:-1]) if arg == "--preset"), "default")
-    preset = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--preset=")), preset)
+    preset = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].preset
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[preset])
-    group = parser._optionals
-    for action in parser._actions:  # --help in groups
-        if action.dest in TOPICS:
-            group = parser.add_argument_group(TOPICS[action.dest])
-        if group is not parser._optionals:
-            parser._optionals._group_actions.remove(action)
-            group._group_actions.append(action)
-    parser.error = mistake  # argparse would print its usage, longer than a screen
-    config, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    if unknown:
-        hint = nearest(unknown[0], list(parser._option_string_actions))
-        raise UserError(f"{unknown[0]} is not a flag of train.py" + hint)
+    p = Parser(__doc__)
+    for f in fields(Config):
+        if f.name in TOPICS:
+            add = p.add_argument_group(TOPICS[f.name]).add_argument
+        default = PRESETS[preset].get(f.name, f.default)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
+        add(f"--{f.name}", *f.metadata["aliases"], help=f"{f.metadata['help']} (default {default})", **kind)
+    config = Config(**vars(p.parse_args(argv)))
     for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
@@ -147,8 +137,6 @@ def parse_config(argv=None):
                         "(--max_prompt_tokens)")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
-    if config.continuations < 0:
-        raise UserError(f"--continue {config.continuations} must not be negative")
     check_config(config)
     if config.eval_data and config.eval_data == config.data and config.data not in ("squad", "synthetic"):
         raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
