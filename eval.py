@@ -38,8 +38,6 @@ def parse_args(argv=None):
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
                                     "scope asked how densely a document is stored")
     add("--format", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how latents travel (default fp32)")
-    add("--upper", help="run of a wire trained with --wire tokens --keep all and evaluated on the same questions: "
-                        "prints the retention")
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
@@ -105,23 +103,17 @@ def table(metrics, name):
     return "\n".join(lines)
 
 
-def _read_results(folder):
-    """(metrics, records) that an evaluation wrote, or empty ones."""
-    try:
-        with open(folder / "predictions.jsonl", encoding="utf-8") as f:
-            return json.loads((folder / "metrics.json").read_text(encoding="utf-8")), [json.loads(line) for line in f]
-    except (OSError, ValueError):
-        return {}, []
-
-
 def read_earlier(folder, fingerprint):
     """(metrics, records) of an earlier call into the same folder on the same data and LM, else empty ones."""
-    metrics, records = _read_results(folder)
-    if metrics.get("fingerprint") != fingerprint:
-        if metrics:
-            theirs = metrics.get("fingerprint", {})
-            other = ", ".join(key for key in fingerprint if theirs.get(key) != fingerprint[key])
-            log(f"notice: {folder / 'metrics.json'} is of another {other}; it is replaced")
+    try:
+        with open(folder / "predictions.jsonl", encoding="utf-8") as f:
+            records = list(map(json.loads, f))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, []
+    theirs = metrics.get("fingerprint", {})
+    if other := [key for key in fingerprint if theirs.get(key) != fingerprint[key]]:
+        log(f"notice: {folder / 'metrics.json'} is of another {', '.join(other)}; it is replaced")
         return {}, []
     return metrics, records
 
@@ -153,26 +145,9 @@ def write_results(out, metrics, records, argv, row):
 # ------------------------------------------------------------------------------------------------
 # Comparisons
 
-def read_upper(folder, fingerprint):
-    """The answers of the tuned text reader: the row `text_lora` of a run trained with --wire tokens --keep all,
-    evaluated on the same questions. Raises UserError where that is not what the folder holds."""
-    metrics, records = _read_results(Path(folder) / "eval")
-    if "text_lora" not in metrics:
-        raise UserError(f"--upper {folder}: no evaluated run there; first: python eval.py --mode text_lora --ckpt "
-                        f"{folder}/ckpt/best --data ...")
-    same = all(metrics["fingerprint"][key] == fingerprint[key] for key in ("lm", "data", "prompt"))
-    if not same or metrics.get("own_row") != "text_lora":
-        raise UserError(f"--upper {folder} must be a run of --wire tokens --keep all, evaluated on the same LM, prompt "
-                        "and questions")
-    if len(records) < metrics["samples"]:
-        raise UserError(f"--upper {folder} holds only {len(records)} of its {metrics['samples']} predictions; evaluate "
-                        "its checkpoint again")
-    return [record["text_lora"] for record in records]
-
-
-def compare(metrics, records, upper):
+def compare(metrics, records):
     """Lines to print on how the latents compare, question by question: what the wire carries, and which share of the
-    F1 of the zero-shot and of the tuned text reader it keeps. Puts the same into metrics."""
+    F1 of the zero-shot and of the tuned reader of the text it keeps. Puts the same into metrics."""
     if not records or "latent" not in records[0]:
         return []
     f1 = lambda answers: np.array([f1_score(answer, record["golds"]) for answer, record in zip(answers, records)])
@@ -185,10 +160,9 @@ def compare(metrics, records, upper):
                      f"[{100 * low:.1f}, {100 * high:.1f}]")
     metrics["retention"] = {}
     references = {"zero-shot text (anchor)": [record.get("anchor") for record in records],
-                  "text_lora, this wire's LoRA on the whole text": [record.get("text_lora") for record in records],
-                  "a reader tuned on text (--upper)": upper}
+                  "text_lora, this wire's LoRA on the whole text": [record.get("text_lora") for record in records]}
     for what, answers in references.items():
-        if answers and None not in answers and (reference := f1(answers)).any():
+        if None not in answers and (reference := f1(answers)).any():
             ratio, (low, high) = latent.mean() / reference.mean(), interval(latent, reference)
             metrics["retention"][what] = {"ratio": float(ratio), "ci95": [low, high], "f1": float(reference.mean())}
             lines.append(f"retention: {ratio:.2f} [{low:.2f}, {high:.2f}] of {what}, F1 {100 * reference.mean():.1f}")
@@ -319,7 +293,6 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
     """Answer every row, writing the files after each: an interrupted call keeps them. Returns what `compare` says."""
     from tqdm import tqdm
     name, fingerprint, comparison = metrics["lm"], metrics["fingerprint"], []
-    upper = read_upper(args.upper, fingerprint) if args.upper else None
     with tqdm(total=len(items) * len(rows), unit="q", smoothing=0.05, disable=not first_process()) as bar:
         for row in rows:
             bar.set_description(row)
@@ -338,7 +311,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
                     "bytes": bytes_sent(result, len(items), wire, form)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
-            comparison = compare(metrics, records, upper)
+            comparison = compare(metrics, records)
             if first_process():
                 write_results(out, metrics, records, sys.argv[1:], row)
     return comparison
