@@ -118,16 +118,6 @@ def read_earlier(folder, fingerprint):
     return metrics, records
 
 
-def forget_wire(metrics, records):
-    """Drop what another checkpoint's wire has answered; rows that need none stay."""
-    for place in (metrics, metrics.get("embedding_baselines", {}), metrics.get("argv", {}), *records):
-        for key in list(place):
-            row = key.split("@")[0]
-            if row in ROWS and ROWS[row].trained or key.startswith("payload_bytes") or key in (
-                    "wire", "carried", "carried_ci95", "retention", "compression_of_all_the_lm_reads", "kept"):
-                del place[key]
-
-
 def write_results(out, metrics, records, argv, row):
     """metrics.json and predictions.jsonl whole; metrics_history.jsonl and embedding_baseline.log get the new row."""
     write_atomic(out / "eval" / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -213,23 +203,23 @@ def describe_latents(metrics, name, result, prompt, items, wire, form):
 # ------------------------------------------------------------------------------------------------
 # The evaluation
 
-def choose_rows(mode, config):
-    """The names of --mode's rows. config: of the wire, or None. Raises UserError for a row that is none or that this
-    wire cannot answer."""
-    own = rows_of(config) if config else [name for name, row in ROWS.items() if not row.trained]
+def choose_rows(mode, config, trained):
+    """The names of --mode's rows. config: of the wire, trained or not. Raises UserError for a row that is none or that
+    this wire cannot answer."""
+    own = [name for name in rows_of(config) if trained or not ROWS[name].trained]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
-            why = f"--wire {config.wire} has none" if config else "no --ckpt (latent by name: of an untrained wire)"
+            why = f"--wire {config.wire} has none" if trained else "no --ckpt (latent by name: of an untrained wire)"
             log(f"notice: {', '.join(missing)} are left out: {why}")
         return own
     rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))
     for name in rows:
         row = split_row(name)[0]
-        if row not in own and (config or ROWS[row].latents not in ("own", "other")):
+        if row not in own and (trained or ROWS[row].latents not in ("own", "other")):
             raise UserError(f"--mode {name} needs " + (
                 f"another wire than this one of --wire {config.wire}: train one with --wire "
                 f"{'embeds' if row == 'adapter' else 'kv'}"
-                if config else "a trained wire: make one with `python train.py --preset demo`, then give --ckpt "
+                if trained else "a trained wire: make one with `python train.py --preset demo`, then give --ckpt "
                                "runs/demo/ckpt/best"))
     return rows
 
@@ -270,7 +260,7 @@ def data_checksum(items):
     return digest.hexdigest()[:16]
 
 
-def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, config, device, dtype):
+def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype):
     """The fields of metrics.json that no row changes. made_by: see `provenance`."""
     name = fingerprint["lm"]
     metrics.update({
@@ -285,8 +275,8 @@ def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, config, de
     if "latent" not in metrics:
         M = fingerprint["latents"]
         metrics["latent_len"], metrics["compression"] = M, {name: metrics["avg_prompt_tokens"][name] / M}
-    if config:
-        metrics["own_row"] = own_row(config)
+    if saved:
+        metrics |= {"own_row": own_row(saved.config), "ckpt_sha256": saved.checksum}
 
 
 def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
@@ -329,10 +319,10 @@ def say(args, title, metrics, items, comparison):
 def how_many(args, config):
     """(M, tokens per latent or None) that the rows are answered at: what is asked for, else what the wire was trained
     for."""
-    M = args.latents or (max(budgets(config)) if config else 32)
-    if config and config.scope == "asked":
+    M = args.latents or max(budgets(config))
+    if config.scope == "asked":
         return M, args.ratio or config.ratio or 1.0
-    return M, args.ratio if args.ratio is not None or args.latents or not config else config.ratio or None
+    return M, args.ratio or (None if args.latents else config.ratio) or None
 
 
 def main():
@@ -340,8 +330,9 @@ def main():
         if (value := getattr(args, option)) is not None and value < 1:
             raise UserError(f"--{option} {value} must be at least 1")
     saved = read_checkpoint(args.ckpt) if args.ckpt else None
-    config = saved.config if saved else None
-    rows = choose_rows(args.mode, config)
+    config = saved.config if saved else untrained(args.lm or "smollm2-135m", args.prompt or "plain",
+                                                  args.max_prompt_tokens or 1024)
+    rows = choose_rows(args.mode, config, bool(saved))
     # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
@@ -352,17 +343,14 @@ def main():
         device = join(device, 15)
         if not saved:
             raise UserError("--shard needs --ckpt: it is for trained wires")
-    lm_name = args.lm or (config.lm if config else "smollm2-135m")
-    if not config and any(ROWS[split_row(row)[0]].latents for row in rows):
-        config = untrained(lm_name, args.prompt or "plain", args.max_prompt_tokens or 1024)
-    wired = bool(config and config.wire != "tokens")
-    lm, tokenizer = load_lm(lm_name, "auto" if args.shard else dtype, "cpu" if args.shard else args.device, wired)
+    wired = saved is not None or any(ROWS[split_row(row)[0]].latents for row in rows)
+    lm, tokenizer = load_lm(args.lm or config.lm, "auto" if args.shard else dtype, "cpu" if args.shard else args.device,
+                            wired and config.wire != "tokens")
     identity = lm_identity(lm)
-    prompt = Prompt(tokenizer, args.prompt or (config.prompt if config else "plain"),
-                    args.max_prompt_tokens or (config.max_prompt_tokens if config else 1024))
+    prompt = Prompt(tokenizer, args.prompt or config.prompt, args.max_prompt_tokens or config.max_prompt_tokens)
     check_length(lm, prompt.max_prompt_tokens)
     wire = load_wire(saved, lm, prompt).eval() if saved else None
-    if config and not saved:
+    if wired and not saved:
         wire = LatentWire(lm, config, prompt).eval()
         wire.rarity.copy_(words_of(prompt, lm))
     if args.shard:
@@ -374,22 +362,18 @@ def main():
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
     made_by = provenance()
-    fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "data": data_checksum(items),
-                   "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
-                   "format": args.format, "max_new_tokens": args.max_new_tokens, "device": device.type,
-                   "dtype": str(dtype), **made_by}
+    fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
+                   "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
+                   "latents": M, "ratio": ratio, "format": args.format, "max_new_tokens": args.max_new_tokens,
+                   "device": device.type, "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)
-    checksum = saved.checksum if saved else "untrained"
-    if config and metrics.get("ckpt_sha256") != checksum:
-        forget_wire(metrics, records)
-        metrics["ckpt_sha256"] = checksum
-    begin_metrics(metrics, args, fingerprint, made_by, prompt, items, config, device, dtype)
+    begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),
                            "golds": list(item.example.answers)}
                           for item in items]
     comparison = evaluate(args, rows, lm, prompt, wire, items, metrics, records, out)
     if first_process():
-        size = f"M = T / {ratio:g}" if ratio and not (config and config.scope == "asked") else f"M = {M}"
+        size = f"M = T / {ratio:g}" if ratio and config.scope != "asked" else f"M = {M}"
         say(args, f"\n{name}, {args.data}, n = {len(items)}, prompt {prompt.style}, {size}", metrics, items, comparison)
         log(f"written to {out / 'eval'}")
     if args.shard:
