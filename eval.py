@@ -8,9 +8,7 @@ Evaluate: answer the same questions through every row of rows.py, and say what e
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
 import json
-import os
 import sys
-import zlib
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -37,7 +35,6 @@ def parse_args(argv=None):
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
                                     "scope asked how densely a document is stored")
-    add("--format", default="fp32", choices=("fp32", "fp16", "int8", "int4"), help="how latents travel (default fp32)")
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
@@ -159,12 +156,6 @@ def compare(metrics, records):
     return lines
 
 
-def bytes_sent(result, n, wire, kind):
-    """Bytes of the stored latents of n texts, with those of the text before them where the wire sends it."""
-    before = n * len(wire.layout.before) if wire.config.wire == "kv" else 0
-    return stored_bytes(wire.lm, wire.config, round(result["stored"] * n) + before, kind)
-
-
 def kept_words(wire, item, M, ratio):
     """[[a token of the item's text, which share of its latents it is], ...]: what the wire keeps of it."""
     latents, *_ = read_latents(ROWS["latent"], wire, [item], [item], M, ratio, "fp32")
@@ -177,27 +168,24 @@ def kept_words(wire, item, M, ratio):
     return found
 
 
-def describe_latents(metrics, name, result, prompt, items, wire, form):
+def describe_latents(metrics, name, result, items, wire):
     """Compression (by the latents that a question sees) and payload (of all that are stored), in the preserved run's
     fields. Bytes count the keys and values of the text before the latents too, where the wire sends them."""
-    n = metrics["samples"]
-    whole = np.mean([len(prompt.text(item)) + len(prompt.anchor) for item in items])
+    n, before = metrics["samples"], len(wire.layout.before) if wire.config.wire == "kv" else 0
     if metrics["fingerprint"]["ratio"]:
         metrics["latent_len"] = round(result["latents"], 1)  # on average
     metrics["compression"] = {name: result["source_tokens"] / max(result["latents"], 1e-9)}
-    metrics["compression_of_all_the_lm_reads"] = {name: float(whole / result["tokens_read"])}
-    values = place_values(wire.lm, wire.config.wire)
-    bytes_of = {kind: bytes_sent(result, n, wire, kind) for kind in FORMATS}
-    metrics["payload_bytes"] = bytes_of[form]
-    metrics["payload_bytes_detail"] = {**bytes_of, "selected": form}
-    texts = [item.example.context.encode("utf-8", "surrogatepass") for item in items]  # what the latents stand in for
-    size = {"utf8": sum(map(len, texts)), "zlib": sum(len(zlib.compress(text, 9)) for text in texts)}
+    places = round(result["stored"] * n) + n * before
+    bytes_of = {kind: stored_bytes(wire.lm, wire.config, places, kind) for kind in FORMATS}
+    texts = [item.example.context for item in items]  # what the latents stand in for
+    utf8 = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    metrics["payload_bytes"], metrics["payload_bytes_detail"] = bytes_of["fp32"], {**bytes_of, "selected": "fp32"}
     metrics["wire"] = {
-        "prompt_chars": {name: sum(len(item.example.context) for item in items)}, "prompt_count": n,
-        "latent_shape": [n, metrics["latent_len"], values], "latent_bytes": bytes_of, "text_bytes": size,
-        "group_size": GROUP, "scale_bits": SCALE_BITS, "selected_latent_bytes": bytes_of[form],
-        "wire_ratio": {kind: size["utf8"] / count for kind, count in bytes_of.items()},
-        "quality": metrics.get("wire", {}).get("quality", {})}
+        "prompt_chars": {name: sum(map(len, texts))}, "prompt_count": n,
+        "latent_shape": [n, metrics["latent_len"], place_values(wire.lm, wire.config.wire)], "latent_bytes": bytes_of,
+        "text_bytes": {"utf8": utf8}, "group_size": GROUP, "scale_bits": SCALE_BITS,
+        "selected_latent_bytes": bytes_of["fp32"],
+        "wire_ratio": {kind: utf8 / count for kind, count in bytes_of.items()}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -222,17 +210,6 @@ def choose_rows(mode, config, trained):
                 if trained else "a trained wire: make one with `python train.py --preset demo`, then give --ckpt "
                                "runs/demo/ckpt/best"))
     return rows
-
-
-def writable(folder):
-    """Raise UserError now, not after an hour of answers, where a folder cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {folder.parent} cannot be written ({error.strerror}); give another folder") from None
 
 
 def provenance():
@@ -287,18 +264,13 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
         for row in rows:
             bar.set_description(row)
             result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
-                                  fingerprint["ratio"], args.max_new_tokens, args.batch, bar, args.format)
+                                  fingerprint["ratio"], args.max_new_tokens, args.batch, bar)
             place_row(metrics, row, name, result)
             metrics.setdefault("argv", {})[row] = sys.argv[1:]
             if row == "latent":
-                describe_latents(metrics, name, result, prompt, items, wire, args.format)
+                describe_latents(metrics, name, result, items, wire)
                 for record, item in zip(records[:SHOWN], items):
                     record["kept"] = kept_words(wire, item, fingerprint["latents"], fingerprint["ratio"])
-            form = split_row(row)[2] or args.format
-            if split_row(row)[0] == "latent" and not split_row(row)[1]:
-                metrics.setdefault("wire", {}).setdefault("quality", {})[form] = {
-                    **{key: metrics[row][name][key] for key in ("f1", "f1_ci95", "em")},
-                    "bytes": bytes_sent(result, len(items), wire, form)}
             for record, answer in zip(records, result["answers"]):
                 record[row] = answer
             comparison = compare(metrics, records)
@@ -336,8 +308,7 @@ def main():
     # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
-    if first_process():
-        writable(out / "eval")
+    (out / "eval").mkdir(parents=True, exist_ok=True)  # said now, not after an hour of answers, where it cannot be
     device, dtype, why = pick_device(args.device)
     if args.shard:
         device = join(device, 15)
@@ -364,8 +335,8 @@ def main():
     made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
                    "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "ratio": ratio, "format": args.format, "max_new_tokens": args.max_new_tokens,
-                   "device": device.type, "dtype": str(dtype), **made_by}
+                   "latents": M, "ratio": ratio, "max_new_tokens": args.max_new_tokens, "device": device.type,
+                   "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)
     begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),

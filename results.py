@@ -55,8 +55,7 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    m, usual = run.metrics, {"latents": max(budgets(Config(**run.config))) if run.config else 32, "format": "fp32",
-                             "max_new_tokens": 24}
+    m, usual = run.metrics, {"latents": max(budgets(Config(**run.config))) if run.config else 32, "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
     who = f"--ckpt {run.config['out']}/ckpt/best" if run.config else f"--lm {run.lm}"

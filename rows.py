@@ -272,13 +272,13 @@ def words_of(prompt, lm):
 
 @torch.no_grad()
 def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25,
-                 bar=None, form="fp32"):
+                 bar=None):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
-    trained for), the latents quantised as `form` says. Returns a dict with, per item in order, `answers`, `ids`,
+    trained for). Returns a dict with, per item in order, `answers`, `ids`,
     `f1`, `em`, and the means nll_token, first_token_top1, first_token_top5, tokens_read, latents (that a question
     sees), stored (of its document), and seconds encode, prefill, decode."""
-    name, own, own_form = split_row(name)
-    row, form = ROWS[name], own_form or form
+    name, own, form = split_row(name)
+    row = ROWS[name]
     M, ratio = (own, None) if own else (M, ratio)
     others = [items[o] for o in other_contexts(items)] if row.latents == "other" else items
     rare = None if row.keep != "matched" else wire.rarity if wire else words_of(prompt, lm)
@@ -287,7 +287,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         given, latents = [items[i] for i in chunk], None
         began = time.perf_counter()
         if row.latents:
-            latents, rows, done = read_latents(row, wire, given, [others[i] for i in chunk], M, ratio, form)
+            latents, rows, done = read_latents(row, wire, given, [others[i] for i in chunk], M, ratio, form or "fp32")
             total.update(done)
         else:
             size = M or (max(budgets(wire.config)) if wire else 32)
