@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -414,7 +414,6 @@ class Run:
     bar: object
     name: str
     stopping: list            # signals received
-    kept: dict = field(default_factory=dict)  # the tokens that selective keeps, by context and number
     rescued: bool = False     # whether a checkpoint was written in the middle of a step
 
     @property
@@ -542,28 +541,14 @@ def begin_files(config, step):
         keep_steps(path, step)
 
 
-def kept_of(run, items, M):
-    """Of each item's context the tokens that --wire tokens keeps, M at most. Selective takes a pass of the plain LM, so
-    it is done once for each text and number; not with a sharded LM, which all processes must run equally often."""
-    config, wire = run.config, run.wire
-    counts = [wire.stored(len(item.context), M) for item in items]
-    keep = lambda which: kept_tokens(config.keep, run.lm, wire.prompt, [items[i] for i in which],
-                                     [counts[i] for i in which], wire.rarity)
-    if config.keep != "selective" or config.shard:
-        return keep(range(len(items)))
-    keys = [(item.context.tobytes(), count) for item, count in zip(items, counts)]
-    new = {key: i for i, key in enumerate(keys) if key not in run.kept}
-    if new:
-        run.kept.update(zip(new, keep(new.values())))
-    return [run.kept[key] for key in keys]
-
-
 def make_batch(run, rows, M, rng, progress):
     """(Batch, the teacher's Batch or None) of rows of item numbers."""
     wire, config = run.wire, run.config
     rows, kept = [[run.items[j] for j in row] for row in rows], None
     if config.wire == "tokens":
-        kept = kept_of(run, [row[0] for row in rows], M)
+        firsts = [row[0] for row in rows]
+        kept = kept_tokens(config.keep, run.lm, wire.prompt, firsts,
+                           [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
     share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
     count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
     batch = wire.collate(rows, count, M, kept, config.continuations, rng)
