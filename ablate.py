@@ -8,8 +8,6 @@ Every cell trains on the same questions and answers the same ones through its ow
 or less time than the base runs again for the base's time, on up to four times as many questions. "- base": difference
 in F1, paired. What is finished is skipped; after a change of the code give another --out. Writes OUT/table.md and runs.
 """
-import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +60,6 @@ def run_cell(args, name, minutes):
     """Train and evaluate a cell, as far as that is not done. minutes: for so long; 0: once through the questions."""
     folder = Path(args.out) / (name.replace(" ", "_").replace("=", "") + ("_equal_time" if minutes else ""))
     log(f"== {folder}")
-    same_data(args)
     given = {"preset": args.preset, "data": args.data, "samples": args.samples * (4 if minutes else 1)}
     before = read_json(folder / "config.json") or given
     if changed := [key for key in given if before[key] != given[key]]:
@@ -76,20 +73,6 @@ def run_cell(args, name, minutes):
         call("eval.py", "--mode", ",".join(todo or rows), "--ckpt", folder / "ckpt" / "best", "--data", args.eval_data,
              "--samples", args.eval_samples)
     return folder
-
-
-def same_data(args):
-    """Raise UserError where a file of the data is no longer what OUT's cells were trained and measured on."""
-    now = {}
-    for name in (args.data, args.eval_data):
-        if Path(name).is_file():
-            with open(name, "rb") as f:
-                now[name] = hashlib.file_digest(f, "sha256").hexdigest()
-    path = Path(args.out) / "data.json"
-    before = read_json(path) or now
-    if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
-        raise UserError(f"{changed[0]} has changed since --out {args.out} was begun; give another --out")
-    write_atomic(path, json.dumps(before | now) + "\n")
 
 
 def call(*command):
