@@ -16,7 +16,6 @@ Answers go to stdout, everything else to stderr: how sure the LM is of an answer
 import contextlib
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -59,12 +58,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import LATENT, PAD, Example, Prompt, pad, whole
 from export import export
 from lm import embed, generate, importance, lm_identity, load_lm, use_lora
-from model import LatentWire, budgets, untrained
+from model import LatentWire, untrained
 from store import (Checkpoint, Document, encode, join, load_document, load_wire, printable, read_checkpoint,
                    save_document, stored_bytes)
 
@@ -84,16 +82,11 @@ def asked(wire, latents, items):
     return [np.concatenate([front, row]) for row in rows]
 
 
-def answer(wire, latents, items, max_new_tokens, said=None):
-    """What the reader makes of Latents (B rows) or, of one item, of token ids in their place, and the items' questions:
-    a Generated. said: token ids of each answer whose logits are wanted."""
-    if isinstance(latents, np.ndarray):
-        rows = [np.concatenate([wire.layout.before, latents, wire.layout.after(item)]) for item in items]
-        given = None
-    else:
-        rows, given = asked(wire, latents, items), latents
+def answer(wire, latents, items, max_new_tokens):
+    """What the reader makes of Latents (B rows) and the items' questions: a Generated."""
     with use_lora(wire.lm, "reader"):
-        return generate(wire.lm, wire.prompt.tokenizer, rows, given, max_new_tokens, golds=said)
+        return generate(wire.lm, wire.prompt.tokenizer, asked(wire, latents, items),
+                        latents, max_new_tokens)
 
 
 def needs(wire, latents, items):
@@ -153,25 +146,15 @@ def inspect(wire, document, latents, question, args):
     item, = wire.prompt.items([Example("", "", question, ("",))])
     if wire.layout.late:
         latents = wire.choose(latents, pad([wire.layout.after(item)], PAD).to(wire.lm.device), args.latents)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    tokenizer, ids, before = wire.prompt.tokenizer, document.ids, document.before
-    words = [printable(tokenizer.decode([token])) for token in ids]
-    M, which = int(latents.length) - before, "are kept" if latents.keys is None else "a head keeps on average"
-    if wire.layout.late:
-        M, which = min(M, args.latents or max(budgets(wire.config))), "the question sees in a head on average"
-    print(f"{len(ids)} tokens, {M} of which {which}. "
-          f"{'Shaded' if colour else 'Marked · + * #'} by how often a token is kept:\n")
+    ids, before = document.ids, document.before
+    words = [printable(wire.prompt.tokenizer.decode([token])) for token in ids]
     often = latents.of_tokens(len(ids), before)
-    shade = lambda word, n: f"\x1b[48;5;{16 + n}m\x1b[97m{word}\x1b[0m" if colour and n else word + "·+*#"[n - 1:n]
-    print("".join(map(shade, words, (often / often.max() * 4.999).int().tolist())).strip() + "\n")
-
-    told, cut = (answer(wire, given, [item], args.max_new_tokens) for given in (latents, ids[:M]))
-    scored = answer(wire, latents, [item], 1, [told.ids[0] or [wire.prompt.end]])
-    logp = -F.cross_entropy(scored.logits, scored.labels, reduction="sum").item()
-    print(f"question  {printable(item.example.question)}")
-    print(f"answer    {printable(told.answers[0])}   (log-probability {logp:.2f})")
-    print(f"          {printable(cut.answers[0])}   from the first {M} tokens of the text instead of {M} latents")
-    print("\nits first token looks at the latents of")
+    print(f"{len(ids)} tokens, marked \u00b7 + * # by how often one is kept:\n")
+    marks = ["\u00b7+*#"[n - 1:n] for n in (often / often.max() * 4.999).int().tolist()]
+    print("".join(word + mark for word, mark in zip(words, marks)).strip() + "\n")
+    told = answer(wire, latents, [item], args.max_new_tokens)
+    print(f"question  {printable(item.example.question)}\nanswer    {printable(told.answers[0])}   "
+          f"(sure {told.sure[0]:.0%})\n\nits first token looks at the latents of")
     share = latents.of_tokens(len(ids), before, [layer[0] for layer in needs(wire, latents, [item])])
     for t in share.topk(min(8, len(ids))).indices.tolist():
         around = ["".join(part).strip() for part in (words[max(0, t - 4):t], words[t:t + 1], words[t + 1:t + 5])]
@@ -203,21 +186,22 @@ def check(args, config):
                         "give no document, or a wire of --scope context")
 
 
+def read_text(flag, path):
+    """The text of a file, or of standard input for "-"."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+
+
 def read_document(args, wire, saved):
     """The Document of --context, encoded and, with --save, written; says what became of the text."""
-    try:
-        text = Path(args.context).read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--context {args.context}: cannot be read as UTF-8 text ({error})") from None
+    text = read_text("--context", args.context).strip()
     if not text:
         raise UserError(f"--context {args.context} is empty")
     config, before, began = wire.config, len(wire.layout.before), time.perf_counter()
     ids = wire.prompt.items([Example("", text, "", ("",))])[0].context
     T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
-    dense = bool(config.ratio) or config.scope == "asked"  # stored by ratio, not by number
-    if count not in ({wire.stored(T)} if dense else {wire.stored(T, M) for M in budgets(config)}):
-        size = f"--ratio {config.ratio or 1:g}" if dense else f"--latents {config.latents}"
-        log(f"notice: this wire was trained for {size}")
     document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem, ids)
     places = int(document.latents.length) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = stored_bytes(wire.lm, config, places, args.format)
@@ -230,18 +214,15 @@ def read_document(args, wire, saved):
 
 
 def typed():
-    """The next line from the terminal, with a history, or from a pipe; empty at its end."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline()
-    if not sys.stdout.isatty():  # where input() would put its prompt
-        print("? ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline()
+    """The questions from a pipe, or from the terminal, with a history where there is readline."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):  # input() would put its prompt among the answers
+        yield from sys.stdin
+        return
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() its history
-    try:
-        return input("? ") + "\n"
-    except EOFError:
-        return ""
+        importlib.import_module("readline")
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("? ")
 
 
 def say(args, wire, documents, together, questions):
@@ -254,15 +235,6 @@ def say(args, wire, documents, together, questions):
         print(reply["answer"] + (f"   [{reply['document']}]" if "document" in reply else ""), flush=True)
         log(f"  ({time.perf_counter() - began:.2f} s, sure {reply['probability']:.0%}"
             + (f", near: {reply['near']}" if "near" in reply else "") + ")")
-
-
-def listed(path):
-    """The questions of a file, or of standard input for "-": one a line."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--questions {path}: cannot be read as UTF-8 text ({error})") from None
-    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 @torch.no_grad()
@@ -278,8 +250,6 @@ def main(args):
         saved.config.prompt = "chat"
     prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
     wire = (load_wire(saved, lm, prompt) if args.ckpt else LatentWire(lm, saved.config, prompt)).eval()
-    if saved.config.scope == "asked" and args.latents not in (None, *budgets(saved.config)):
-        log(f"notice: this wire was trained for questions that see --latents {saved.config.latents}")
     documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
     documents += [read_document(args, wire, saved)] if args.context else []
     together = join(wire, [document.latents for document in documents]) if documents else None
@@ -289,12 +259,13 @@ def main(args):
     if together and args.inspect:
         return inspect(wire, documents[0], together, whole(args.question), args)
     if together and (args.question is not None or args.questions):
-        questions = [args.question] if args.question is not None else listed(args.questions)
+        questions = [args.question] if args.question is not None else [
+            line.strip() for line in read_text("--questions", args.questions).split("\n") if line.strip()]
         for start in range(0, len(questions), BATCH):
             say(args, wire, documents, together, questions[start:start + BATCH])
     elif not args.save and not args.export:
         sys.stdin.reconfigure(errors="replace")
-        for line in filter(str.strip, iter(typed, "")):
+        for line in filter(str.strip, typed()):
             try:
                 say(args, wire, documents, together, [line.strip()])
             except UserError as error:
