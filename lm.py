@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import torch
@@ -583,18 +584,11 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
 LORA_SCALE = 2.0  # alpha / rank
 
 
-class LoRASet:
-    """Which set of an LM's LoRA layers is on; None: the plain LM."""
-
-    def __init__(self):
-        self.name = None
-
-
 class LoRALinear(nn.Module):
     """base(x) + LORA_SCALE B A x of the set that is on. A (rank, in) and B (out, rank) are trainable; B starts at 0."""
 
     def __init__(self, base, ranks, on):
-        """ranks: {set: rank}; on: the LM's LoRASet, the same for all of its layers."""
+        """ranks: {set: rank}; on.name: which set is on, None for the plain LM; the same for all of its layers."""
         super().__init__()
         self.base, self.on = base, on
         new = lambda make, *shape: nn.Parameter(make(*shape, device=base.weight.device))
@@ -611,20 +605,13 @@ class LoRALinear(nn.Module):
         middle = LORA_SCALE * F.linear(x, self.A[name].to(x.dtype))  # scaled here, where it is narrow
         return y + F.linear(middle, self.B[name].to(x.dtype))
 
-    @torch.no_grad()
-    def merged(self, name):
-        """The plain layer's weight (out, in) with a set folded in: the same output without LoRA."""
-        if name not in self.A:
-            return self.base.weight.clone()
-        return self.base.weight + (LORA_SCALE * self.B[name] @ self.A[name]).to(self.base.weight.dtype)
-
 
 def add_lora(lm, ranks, targets, wanted=lambda name, layer, target: True):
     """Put LoRALinear into the LM's layers. ranks: {set: rank}, 0 for none; targets: names out of q, k, v, o, gate,
     up, down; wanted(set, layer number, target) says which sets a place gets. Raises UserError for a target that the
     LM does not have."""
     names = {f"{name}_proj": name for name in targets.split(",") if name}
-    lm.lora_set, found, linear = LoRASet(), set(), set()
+    lm.lora_set, found, linear = SimpleNamespace(name=None), set(), set()
     for number, layer in enumerate(lm.model.layers):
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
