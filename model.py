@@ -163,14 +163,6 @@ class Latents:
     prefix: object = None
     need: list = None  # (B, heads, N) a layer: how much a head needs each place anyway; where a question chooses later
 
-    def rms(self):
-        """Root mean square of the latents as the reader gets them."""
-        if self.keys is None:
-            return self.prefix.detach().float().pow(2).mean().sqrt()
-        square = [value.detach().float().pow(2).mean(-1) for value in self.values]
-        held = [held.expand_as(s) for held, s in zip(self.held, square)]
-        return (sum((s * h).sum() for s, h in zip(square, held)) / sum(h.sum() for h in held)).sqrt()
-
     def of_tokens(self, T, before, weights=None):
         """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
         ((heads, N) a layer). before: how many places stand in front of them."""
@@ -250,11 +242,6 @@ class LatentWire(nn.Module):
     def kept(self):
         """{name: tensor} of what a checkpoint holds: what is trained and the rarity of words."""
         return self.trainable() | {"rarity": self.rarity}
-
-    @torch.no_grad()
-    def count_words(self, texts, questions):
-        """Set `rarity` from the training data's token ids (lists of (n,) arrays)."""
-        self.rarity.copy_(rarity(texts, questions, self.prompt.around, len(self.rarity)))
 
     # -- how many
 
@@ -423,17 +410,15 @@ class LatentWire(nn.Module):
         return head(self.lm, hidden[row, col])
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
-        """Weighted loss of a batch, its parts, and what the diagnostics show: the questions' answer logits and the
-        latents' RMS. teacher: the Batch of the same questions behind their text, for weights with kd."""
-        latents = self.latents(batch)
-        logits = self.logits(batch, latents)
+        """Weighted loss of a batch, its parts, and, for the diagnostics, the questions' answer logits. teacher: the
+        Batch of the same questions behind their text, for weights with kd."""
+        logits = self.logits(batch, self.latents(batch))
         teacher_logits = None
         if weights.get("kd"):
             with torch.no_grad():
                 teacher_logits = self.logits(teacher, keep=teacher.step < K, lora=None)
         total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits)
-        shown = {name: part.detach() for name, part in parts.items()}
-        return total, shown, (logits[:batch.tokens].detach(), latents.rms() if latents else total.new_zeros(()))
+        return total, {name: part.detach() for name, part in parts.items()}, logits[:batch.tokens].detach()
 
     forward = loss  # what DDP calls
 

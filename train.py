@@ -34,7 +34,7 @@ from common import Parser, UserError, append_line, first_process, log, read_line
 from data import Prompt, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
-from model import LatentWire, WireConfig, budgets, check_config, option
+from model import LatentWire, WireConfig, budgets, check_config, option, rarity
 from rows import evaluate_row, kept_tokens, own_row, summary
 from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
@@ -252,7 +252,6 @@ def diagnostics(window, config, name):
     return {
         "mode": "latent", "K": config.K, "first_weight": config.first,
         "prediction_diversity": len(histogram) / n, "dominant_predictions": histogram.most_common(5),
-        "latent_rms": mean("rms"),
         "models": {name: {
             "mode": "latent", **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
             "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
@@ -480,7 +479,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
     # data
     items, dev = load_items(config, prompt)
     plan = Plan(config, items, micro)
-    wire.count_words([items[group[0]].context for group in plan.groups], [item.question for item in items])
+    texts, questions = [items[group[0]].context for group in plan.groups], [item.question for item in items]
+    wire.rarity.copy_(rarity(texts, questions, prompt.around, len(wire.rarity)))
 
     state = restore(config, wire, optimizer) if found else State()
     if found:
@@ -572,10 +572,10 @@ def train_step(run, progress, window):
         batch, teacher = make_batch(run, rows, M, rng, progress)
         # Gradients travel once a step, with the last micro-batch.
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
-            loss, parts, (logits, rms) = run.model(batch, weights, config.K, config.temperature, teacher)
+            loss, parts, logits = run.model(batch, weights, config.K, config.temperature, teacher)
             (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
         stats, winners = first_token_stats(logits, batch, len(run.tokenizer))
-        window.append((batch.size, parts | stats | {"rms": rms}, winners))
+        window.append((batch.size, parts | stats, winners))
     norm = torch.nn.utils.clip_grad_norm_(run.wire.trainable().values(), config.clip).item()
     state = run.state
     if math.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
