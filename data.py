@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,15 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from common import UserError, log
 
 
-def _cache():
-    """The folder of what is downloaded and converted; of a user without a home, a temporary one."""
-    try:
-        return Path(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")).expanduser()
-    except RuntimeError:
-        return Path(tempfile.gettempdir()) / "latentwire"
-
-
-CACHE = _cache()
+CACHE = Path(os.path.expanduser(os.environ.get("LATENTWIRE_CACHE", "~/.cache/latentwire")))  # downloads, converted LMs
 SQUAD_URL = os.environ.get("LATENTWIRE_SQUAD_URL", "https://rajpurkar.github.io/SQuAD-explorer/dataset/")
 SQUAD_SHA256 = {
     "train": "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
@@ -68,8 +59,6 @@ def load_data(source, split="train", samples=None, seed=0):
     """The list of Examples of `source`: "squad", "synthetic" or a path (then `split` does not matter).
     With `samples`, that many are drawn without replacement in an order that depends on the seed alone; more than
     there are means all of them, with a notice. Raises UserError for anything that cannot be read."""
-    if samples is not None and samples < 1:
-        raise UserError(f"--samples {samples} is not a number of examples; give 1 or more")
     if source == "synthetic":
         return synthetic(split, samples or (20_000 if split == "train" else 1_000), seed)
     examples = load_squad(source, split)
@@ -364,20 +353,12 @@ class Prompt:
             if room < 1:
                 raise UserError(f"--max_prompt_tokens {self.max_prompt_tokens} leaves no room for a context; raise it")
             if len(context) > room:
-                context = context[:self.word_end(context, room)]
+                context = context[:room]
                 self.cut += 1
                 kept = self.tokenizer.decode(context)
                 self.answers_cut += not any(gold in kept for gold in example.answers)
             items.append(Item(example, context, question, answer))
         return items
-
-    def word_end(self, ids, room):
-        """The most of `room` token ids after which a word ends, so that a number or a date is whole or not there;
-        `room` itself where no word ends for 16 tokens, as in scripts without spaces."""
-        for at in range(room, max(0, room - 16), -1):
-            if self.tokenizer.convert_ids_to_tokens(int(ids[at])).startswith(("\u0120", "\u2581", "\u010a")):
-                return at  # what comes next begins with a space or a line, as tokenizers write them
-        return room
 
     def text(self, item):
         """The whole prompt as token ids, without the anchor."""
