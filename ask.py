@@ -25,22 +25,23 @@ from common import Parser, UserError, log, run_main
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
-    p.add_argument("--lm", help="without --ckpt, an LM (hub id, folder, .gguf, smollm2-135m): through an untrained "
-                   "wire")
-    given = p.add_argument_group("the document, one of")
+    wire = p.add_mutually_exclusive_group(required=True)
+    wire.add_argument("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    wire.add_argument("--lm", help="an LM (hub id, folder, .gguf, smollm2-135m): through an untrained wire")
+    given = p.add_argument_group("the document").add_mutually_exclusive_group()
     given.add_argument("--context", help="text file (UTF-8)")
     given.add_argument("--load", metavar="FILE", nargs="+", help="latents that --save wrote, with this checkpoint; of "
                        "several an answer names the one that it looked at most")
-    asked = p.add_argument_group("the question")
+    group = p.add_argument_group("the question")
+    asked = group.add_mutually_exclusive_group()
     asked.add_argument("--question", help="asked once (default: questions, one a line, as they come from the terminal "
                        "or a pipe)")
     asked.add_argument("--questions", metavar="FILE", help="a file of questions, one a line (- for standard input), "
                        "answered in batches")
-    asked.add_argument("--json", action="store_true", help="print each answer as one JSON object a line: question, "
+    group.add_argument("--json", action="store_true", help="print each answer as one JSON object a line: question, "
                        "answer, probability of its tokens, near or document")
-    asked.add_argument("--inspect", action="store_true", help="show which tokens are kept and what the answer rests on")
-    asked.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
+    group.add_argument("--inspect", action="store_true", help="show which tokens are kept and what the answer rests on")
+    group.add_argument("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     size = p.add_argument_group("the latents")
     size.add_argument("--latents", type=int, help="M (default: the checkpoint's); in scope asked what a question sees")
     size.add_argument("--ratio", type=float, help="tokens per latent; in scope asked how densely a text is stored")
@@ -169,10 +170,8 @@ def check(args, config):
     for name in ("latents", "ratio", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
-    if args.context and args.load or not document and not args.export:
+    if not document and not args.export:
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
-    if args.question is not None and args.questions:
-        raise UserError("give --question or --questions, not both")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
     if document and config.wire == "tokens":
@@ -239,10 +238,6 @@ def say(args, wire, documents, together, questions):
 
 @torch.no_grad()
 def main(args):
-    if args.ckpt and args.lm:
-        raise UserError("a wire is trained for one LM: give --ckpt, or --lm for an untrained wire")
-    if not args.ckpt and not args.lm:
-        raise UserError("give --ckpt, a trained wire such as runs/demo/ckpt/best, or --lm for an untrained one")
     saved = read_checkpoint(args.ckpt) if args.ckpt else Checkpoint(None, untrained(args.lm), {}, "untrained")
     check(args, saved.config)
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
