@@ -11,8 +11,7 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
         | "Context:"| " ..."   | "\\nQuestion: ...\\n"|      | "Answer:"
 
 `pre` and `post` are what a chat template puts around the user's text (plain prompts: the tokenizer's BOS, nothing).
-Shapes are written with B rows, T context tokens, M latents, N cached places (the text before the latents, then they),
-S tokens of a row, A answer tokens, W columns of an encoder pass.
+Shapes: see model.py.
 """
 import gzip
 import json

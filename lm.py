@@ -1,8 +1,6 @@
 """
 The language model: loaded and frozen, read through token ids, embeddings or keys and values, with LoRA sets that are
-switched on and off.
-
-Shapes: B rows, S tokens that the LM reads, N cached places, M latents, A answer tokens, d the LM's width, V its words.
+switched on and off. Shapes: see model.py.
 """
 import contextlib
 import hashlib
@@ -530,9 +528,8 @@ class _Reading:
 @torch.no_grad()
 def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False, golds=None):
     """Greedy answers of rows of token ids (B lists). latents: what stands in front of them, or at their LATENT places
-    (model.Latents). as_ids reads rows without latents
-    as token ids, not as embeddings. golds: token ids of each row's gold answer, whose logits are then computed from
-    the same KV cache, so that the prompt is read once for both."""
+    (model.Latents). as_ids reads rows without latents as token ids, not as embeddings. golds: token ids of each row's
+    gold answer, whose logits are then computed from the same KV cache, so that the prompt is read once for both."""
     device = lm.get_input_embeddings().weight.device
     ids = pad(rows, PAD, left=True).to(device)
     real, start = ids != PAD, time.perf_counter()

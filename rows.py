@@ -1,7 +1,5 @@
 """
 The rows of the evaluation: what each reads, its answers and its scores. Adding a row is adding an entry to ROWS.
-
-Shapes: B rows, T context tokens, M latents or kept tokens, N cached places, d the LM's width, V the vocabulary.
 """
 import re
 import string
@@ -297,8 +295,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         total.update(encode_s=time.perf_counter() - began, tokens_read=sum(map(len, rows)))
         with use_lora(lm, "reader" if row.lora else None):
             out = generate(lm, tokenizer, rows, latents, max_new_tokens, name == "text",
-                           # without its end token
-                           golds=[item.answer[:-1] for item in given])
+                           golds=[item.answer[:-1] for item in given])  # without its end token
         nll = F.cross_entropy(out.logits, out.labels, reduction="sum").item()
         total.update(prefill_s=out.prefill, decode_s=out.decode, tokens=len(out.labels), nll=nll)
         hits += ranks(out.logits[out.first][:, :len(tokenizer)], out.labels[out.first]).tolist()

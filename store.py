@@ -1,7 +1,5 @@
 """
-What is written and read again: checkpoints, and documents as latents.
-
-Shapes: M latents, N cached places (the text before, then the latents), d the LM's width.
+What is written and read again: checkpoints, and documents as latents. Shapes: see model.py.
 """
 import contextlib
 import hashlib
