@@ -20,7 +20,7 @@ import random
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,9 +132,9 @@ def _example(record, number):
 
 
 def join_paragraphs(examples, prompt, tokens, seed):
-    """Examples whose contexts are an article's successive paragraphs, one behind the other: as many as fit into a number
-    of tokens that is drawn for each text, up to `tokens`, so that there are short ones, too; one of a longer paragraph
-    has that alone. Examples without a title stay as they are."""
+    """Examples whose contexts are an article's successive paragraphs, one behind the other: as many as fit into a
+    number of tokens that is drawn for each text, up to `tokens`, so that there are short ones, too; a longer paragraph
+    stands alone. Examples without a title stay as they are."""
     rng, found = random.Random(f"join {seed}"), []
     contexts = list(dict.fromkeys(example.context for example in examples))
     length = dict(zip(contexts, map(len, prompt.tokenize([" " + context for context in contexts]))))

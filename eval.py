@@ -9,6 +9,7 @@ Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/l
 """
 import json
 import sys
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -308,7 +309,11 @@ def main():
     # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
-    (out / "eval").mkdir(parents=True, exist_ok=True)  # said now, not after an hour of answers, where it cannot be
+    try:  # said now, not after an hour of answers
+        (out / "eval").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out / "eval").close()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
     device, dtype, why = pick_device(args.device)
     if args.shard:
         device = join(device, 15)

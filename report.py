@@ -135,6 +135,24 @@ def first_words(run):
     return (count / words.total(), word, len(words), words.total()) if words else None
 
 
+def advice(run):
+    """What this run's own figures say about the next one."""
+    lines, found, carried = [], first_words(run), run.metrics.get("carried_ci95")
+    if found and found[0] > 0.5 and found[3] >= 20:
+        lines.append(f"{found[0]:.0%} of the answers start with {found[1]!r}: train longer, then raise `--entropy`.")
+    if carried and carried[0] <= 0:
+        lines.append("The latents score no better than another context's: train longer, or with a longer `--ramp`.")
+    tf = [record["model"]["tf"] for record in run.steps]
+    if (n := len(tf)) >= 10:
+        early, late = fmean(tf[7 * n // 10:8 * n // 10]), fmean(tf[9 * n // 10:])
+        falls = late < early - 0.02
+        lines.append(f"The training loss {'still fell' if falls else 'was flat'} at the end (tf {early:.2f} at three "
+                     f"quarters, {late:.2f} at the end): {'more samples pay' if falls else 'change the recipe'}.")
+    if skipped := run.last("skipped_steps"):
+        lines.append(f"{skipped} steps were skipped because their gradients were not finite: lower `--lr`.")
+    return lines or ["Nothing in these files asks for a change."]
+
+
 # ------------------------------------------------------------------------------------------------
 # The run as Markdown
 
@@ -211,7 +229,8 @@ def markdown(run, level=1):
     parts = [(1, "Configuration", configuration(run)),
              (1, "Key Results", markdown_table(*score_table(run)) if run.rows else ["Not evaluated yet."]),
              (2, "Latent compression" if run.own == "latent" else f"The row `{run.own}`", own_lines(run)),
-             (1, "Final training diagnostics", diagnostics(run))]
+             (1, "Final training diagnostics", diagnostics(run)),
+             (1, "What to change next", [f"{i}. {line}" for i, line in enumerate(advice(run), 1)])]
     sections = [[f"{'#' * (level + depth)} {title}", "", *lines, ""] for depth, title, lines in parts if lines]
     return "\n".join([f"{'#' * level} Experiment: {run.name}", "", *sum(sections, [])])
 
@@ -409,6 +428,7 @@ def page(runs):
         whole = [record for record in run.predictions if "prompt" in record and run.rows.keys() & record.keys()]
         body += [f"<div class=head>{big}</div>", *curves[:2]]
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
+        body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
         body += ["<h2>Predictions</h2>", "<p>Opened, the first of them show their text, each word the darker the more "
                  "of the latents are of it.</p>" * any("kept" in record for record in whole), FILTER,
                  *(prediction(run, record) for record in whole)]

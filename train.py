@@ -52,8 +52,8 @@ class Config(WireConfig):
     eval_data: str = option("", "the same for the dev slice (default: the last articles of --data; synthetic: passages "
                                 "of its own)")
     samples: int = option(20_000, "training questions")
-    join: int = option(0, "a text is as many successive paragraphs of an article as fit into this many tokens or fewer, "
-                          "by chance; 0: a paragraph. For articles and books, with --ratio 8 and --pack 16")
+    join: int = option(0, "a text is as many successive paragraphs of an article as fit into this many tokens, or by "
+                          "chance fewer; 0: one. For articles and books, with --ratio 8 and --pack 16")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
     epochs: int = option(20, "passes over the samples")
@@ -133,7 +133,7 @@ def parse_config(argv=None):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
     if not 0 <= config.join <= config.max_prompt_tokens:
-        raise UserError(f"--join {config.join} must be 0 to {config.max_prompt_tokens}, which the encoder reads at once "
+        raise UserError(f"--join {config.join} must be 0 to {config.max_prompt_tokens}, what the encoder reads at once "
                         "(--max_prompt_tokens)")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
