@@ -36,6 +36,8 @@ def parse_args(argv=None):
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
                                     "scope asked how densely a document is stored")
+    add("--read_again", action="store_true", help="choose latents by a second reading of the text, as training does, "
+                                                  "not by what the checkpoint predicts of it")
     add = p.add_argument_group("how").add_argument
     add("--max_new_tokens", type=int, default=24, help="of an answer (default 24)")
     add("--batch", type=int, default=25, help="questions a batch (default 25)")
@@ -331,6 +333,8 @@ def main():
         wire.rarity.copy_(words_of(prompt, lm))
     if args.shard:
         shard(wire, device, dtype)
+    if args.read_again and wire:
+        wire.predictor = None
     M, ratio = how_many(args, config)
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
@@ -340,8 +344,8 @@ def main():
     made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
                    "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "ratio": ratio, "max_new_tokens": args.max_new_tokens, "device": device.type,
-                   "dtype": str(dtype), **made_by}
+                   "latents": M, "ratio": ratio, "read_again": args.read_again, "max_new_tokens": args.max_new_tokens,
+                   "device": device.type, "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)
     begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),

@@ -149,6 +149,45 @@ def nearness(lm, items, rarity):
 
 
 # ------------------------------------------------------------------------------------------------
+# What will be needed, without reading a text again
+
+RIDGE, LEAST = 0.005, 3.0  # of `fit`: the penalty, by variance; how far below the cut the log of a need counts
+
+
+def traits(lm, keys, values):
+    """What a place is, as far as each head sees it: its key as if it stood first, its value, the log of the value's
+    length, and 1: (B, heads, W, 2 d_head + 2) float32 a layer, of keys and values (B, heads, W, d_head) a layer."""
+    place = torch.arange(keys[0].shape[2], device=keys[0].device)
+    still = turn(lm, [key.float() for key in keys], -place.expand(len(keys[0]), -1))
+    for key, value in zip(still, values):
+        length = value.float().norm(dim=-1, keepdim=True).clamp(min=1e-6).log()
+        yield torch.cat([key, value.float(), length, torch.ones_like(length)], -1)
+
+
+class Fit:
+    """Ridge regression of the log of a head's need of a place on its traits, for every layer and head at once."""
+
+    def __init__(self):
+        self.square, self.cross = 0.0, 0.0
+
+    def add(self, x, y):
+        """x (L, heads, n, F) traits, the last of them 1; y (L, heads, n)."""
+        x, y = x.cpu().double(), y.cpu().double()
+        self.square = self.square + x.mT @ x
+        self.cross = self.cross + (x.mT @ y[..., None])
+
+    def weights(self):
+        """(L, heads, F) float32. The constant is not penalised: everything is taken from its mean first."""
+        n = self.square[..., -1:, -1:]
+        square, cross = self.square / n, self.cross / n
+        mean, middle = square[..., :-1, -1:], cross[..., -1:, :]
+        spread, with_y = square[..., :-1, :-1] - mean @ mean.mT, cross[..., :-1, :] - mean * middle
+        spread = spread + torch.diag_embed(RIDGE * spread.diagonal(dim1=-2, dim2=-1) + 1e-6)
+        slope = torch.linalg.solve(spread, with_y)
+        return torch.cat([slope, middle - mean.mT @ slope], -2).squeeze(-1).float()
+
+
+# ------------------------------------------------------------------------------------------------
 # The wire
 
 @dataclass
@@ -229,6 +268,7 @@ class LatentWire(nn.Module):
             lm.config._attn_implementation = "behind"
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
+        self.register_buffer("predictor", None)  # (L, heads, F), once it is fitted
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
         if config.wire == "embeds":
             with torch.no_grad():  # of what the module returns: Gemma scales in it
@@ -240,8 +280,27 @@ class LatentWire(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def kept(self):
-        """{name: tensor} of what a checkpoint holds: what is trained and the rarity of words."""
-        return self.trainable() | {"rarity": self.rarity}
+        """{name: tensor} of what a checkpoint holds: what is trained, the rarity of words, the predictor if any."""
+        return self.trainable() | dict(self.named_buffers(recurse=False))
+
+    @torch.no_grad()
+    def fit_predictor(self, texts):
+        """Fit, to the second reading of texts (each (T,) token ids), what predicts from a place's key and value how
+        much each head needs it, so that outside of training a text is read once; such modules are known as gates (Fast
+        KVzip, arXiv 2601.17668). Needs that are far below those of a text's most needed fifth all count alike. A wire
+        has none where vectors are the latents, or where layers see a window, so that need depends on the place."""
+        fit, H, self.predictor = Fit(), len(self.layout.before), None
+        if self.config.wire != "kv" or getattr(self.lm.config, "sliding_window", None):
+            return
+        for text in texts:
+            source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
+            _, _, keys, values = self.read(source)
+            real = source.ids != PAD
+            there = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
+            need = torch.stack(self.needed(source, there))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
+            cut = need.flatten().float().quantile(0.8) - LEAST
+            fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, :, H:], need.clamp(min=cut))
+        self.predictor = fit.weights().to(self.lm.device)
 
     # -- how many
 
@@ -336,7 +395,11 @@ class LatentWire(nn.Module):
 
     def needed(self, source, text):
         """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (B, heads,
-        W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W)."""
+        W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W). Training does read again;
+        afterwards that is predicted."""
+        if self.predictor is not None and not self.training:
+            return [(x @ weight[..., None]).squeeze(-1).exp()
+                    for x, weight in zip(traits(self.lm, text.keys, text.values), self.predictor)]
         found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
         found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found

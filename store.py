@@ -358,11 +358,12 @@ def load_wire(saved, lm, prompt):
 
 def load_trained(wire, folder):
     """Copy a checkpoint's weights into the wire. Raises UserError when names or shapes differ."""
-    wanted = wire.kept()
     try:
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
+    wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
+    wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))
         if have != want:

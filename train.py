@@ -106,6 +106,8 @@ PRESETS = {
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
 
+FITTED = 4000  # tokens to which the predictor of what is needed is fitted
+
 # By the first flag of each.
 TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix",
           "preset": "the run"}
@@ -126,9 +128,11 @@ def parse_config(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
         add(f"--{f.name}", *f.metadata["aliases"], help=f"{f.metadata['help']} (default {default})", **kind)
     config = Config(**vars(p.parse_args(argv)))
-    for name in ("samples", "epochs", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
+    for name in ("samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    if config.epochs < 1 and not config.start:
+        raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
@@ -364,7 +368,7 @@ class Plan:
         return self.epochs[epoch]
 
     def __len__(self):
-        return self.ends[-1]
+        return self.ends[-1] if self.ends else 0
 
     def where(self, n):
         """(epoch, step within it) of step n."""
@@ -631,6 +635,18 @@ class Stopped(Exception):  # a signal came while the dev slice was being answere
     pass
 
 
+def texts_to_fit(run, watch):
+    """Training texts, the same at every call, until they have FITTED tokens together; watch(1) before each."""
+    groups, tokens = list(run.plan.groups), 0
+    random.Random(run.config.seed).shuffle(groups)
+    for group in groups:
+        if tokens < FITTED:
+            watch(1)
+            text = run.wire.layout.source(run.items[group[0]])
+            tokens += len(text)
+            yield text
+
+
 def evaluate(run):
     """Dev F1 of the wire's own row; keeps the best checkpoint. Every process answers all of the questions, so that none
     waits for another. Returns whether a signal ended it, in all processes alike."""
@@ -641,6 +657,7 @@ def evaluate(run):
             raise Stopped
     run.wire.eval()
     try:
+        run.wire.fit_predictor(texts_to_fit(run, watch))
         scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire,
                                       bar=SimpleNamespace(update=watch)))
     except Stopped:
@@ -675,7 +692,7 @@ def clock(run, began):
     time and on a signal that only one of them got. Counts the time into the state."""
     run.state.elapsed, stopping = most(run, time.time() - began, float(bool(run.stopping)))
     timed = run.state.elapsed / 60 / run.config.minutes if run.config.minutes else 0.0
-    return max(run.state.step / len(run.plan), timed), stopping > 0
+    return max(run.state.step / len(run.plan) if len(run.plan) else 1.0, timed), stopping > 0
 
 
 def train(config, rank, world, device, dtype, why, stack):
