@@ -6,10 +6,13 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
                                                          needed of all layers and heads
     M latents, question, Answer: --LM + reader LoRA-->   answer
 
+Once it is trained, a linear map of key and value predicts what the second reading would find, and there is none.
+
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     importance     how much a head needs a token of the source while the LM reads it again; and where a question
                    chooses, how much a layer needs it where the reader is about to answer
+    predictor      what tells the first of these, for each head, from a token's key and value alone
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
                    average: a head that needs the source more than another has more of them.
                    wire embeds: a vector of the LM's width for one of the tokens that any head needs most.

@@ -56,7 +56,7 @@ class Config(WireConfig):
                           "chance fewer; 0: one. For articles and books, with --ratio 8 and --pack 16")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
-    epochs: int = option(20, "passes over the samples")
+    epochs: int = option(20, "passes over the samples; 0, with --start: measure those weights")
     minutes: float = option(0.0, "end after that long, the learning rate with it; 0: epochs alone decide")
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
@@ -636,23 +636,26 @@ class Stopped(Exception):  # a signal came while the dev slice was being answere
 
 
 def texts_to_fit(run, watch):
-    """Training texts, the same at every call, until they have FITTED tokens together; watch(1) before each."""
+    """Training texts, the same at every call, until they have FITTED tokens together; watch(0) before each."""
     groups, tokens = list(run.plan.groups), 0
     random.Random(run.config.seed).shuffle(groups)
     for group in groups:
         if tokens < FITTED:
-            watch(1)
+            watch(0)
             text = run.wire.layout.source(run.items[group[0]])
             tokens += len(text)
             yield text
 
 
 def evaluate(run):
-    """Dev F1 of the wire's own row; keeps the best checkpoint. Every process answers all of the questions, so that none
-    waits for another. Returns whether a signal ended it, in all processes alike."""
+    """Dev F1 of the wire's own row, once what is needed can be predicted; keeps the best checkpoint. Every process
+    answers all of the questions, so that none waits for another. Returns whether a signal ended it, in all alike."""
+    from tqdm import tqdm
     state, row = run.state, own_row(run.config)
+    bar = tqdm(total=len(run.dev), desc="dev slice", unit="q", leave=False, disable=not run.master)
 
     def watch(n):  # in time for a checkpoint
+        bar.update(n)
         if most(run, float(bool(run.stopping)))[0]:
             raise Stopped
     run.wire.eval()
@@ -663,6 +666,7 @@ def evaluate(run):
     except Stopped:
         return True
     finally:
+        bar.close()
         run.wire.train()
     if not run.master:
         return False
