@@ -6,7 +6,8 @@ Ablations: the same recipe with one thing changed, one cell after another, and a
 
 Every cell trains on the same questions and answers the same ones through its own row. One that took over a tenth more
 or less time than the base runs again for the base's time, on up to four times as many questions. "- base": difference
-in F1, paired. What is finished is skipped; after a change of the code give another --out. Writes OUT/table.md and runs.
+in F1, paired. What is finished is skipped; after a change of code or data give another --out. Writes OUT/table.md and
+runs.
 """
 import subprocess
 import sys

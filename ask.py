@@ -186,9 +186,9 @@ def check(args, config):
 
 
 def read_text(flag, path):
-    """The text of a file, or of standard input for "-"."""
+    """The text of a file, or for --questions - of standard input."""
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        return sys.stdin.read() if path == "-" and flag == "--questions" else Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from None
 

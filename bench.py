@@ -253,8 +253,8 @@ def long_text(items, length):
 
 @torch.no_grad()
 def bench_answer(args):
-    """The prompt to eight answer tokens, batch 1. "first" encodes the document, once and a prediction or, as in
-    training, by reading it twice; "next" has its latents."""
+    """The prompt to eight answer tokens, batch 1. "first" encodes the document, which it reads once, "twice" as
+    training does; "next" has its latents."""
     wire, items = setup(args)
     wire.eval()
     lm, layout, result, rows = wire.lm, wire.layout, {}, []
@@ -289,6 +289,7 @@ def bench_answer(args):
 def bench_scale(args):
     """Encoding by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
     wire, items = setup(args)
+    wire.eval().fit_predictor([item.context for item in items[:8]])
     lengths = [int(x) for x in (args.lengths or "512,2048,8192,16384").split(",")]
     counts, result, rows = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8}, {}, []
     for rule, count in counts.items():

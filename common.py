@@ -60,10 +60,13 @@ def run_main(main):
 
 
 def append_line(path, text):
-    """Add a line to a log."""
+    """Add a line to a log, on a line of its own even where a killed process or a full disk left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(text + "\n")
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            text = text if f.read(1) == b"\n" else "\n" + text
+        f.write((text + "\n").encode("utf-8"))
 
 
 def read_lines(path):

@@ -18,9 +18,11 @@ import json
 import os
 import random
 import re
+import socket
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,8 @@ def load_data(source, split="train", samples=None, seed=0):
     """The list of Examples of `source`: "squad", "synthetic" or a path (then `split` does not matter).
     With `samples`, that many are drawn without replacement in an order that depends on the seed alone; more than
     there are means all of them, with a notice. Raises UserError for anything that cannot be read."""
+    if samples is not None and samples < 1:
+        raise UserError(f"--samples {samples} is not a number of examples; give 1 or more")
     if source == "synthetic":
         return synthetic(split, samples or (20_000 if split == "train" else 1_000), seed)
     examples = load_squad(source, split)
@@ -95,7 +99,12 @@ def load_squad(source, split="train"):
         log(f"notice: {path.name}: left out {len(found) - len(examples)} questions without an answer")
     if not examples:
         raise UserError(f"{path} holds no answerable question; give a file in SQuAD layout")
-    return examples
+    seen = set()
+    distinct = [replace(example, id=f"{example.id}#{n}") if example.id in seen or seen.add(example.id) else example
+                for n, example in enumerate(examples, 1)]
+    if again := len(examples) - len(seen):
+        log(f"notice: {path.name}: {again} ids are there twice; their questions' numbers are put behind them")
+    return distinct
 
 
 def _records(text):
@@ -106,7 +115,8 @@ def _records(text):
     while at < len(text):
         root, at = read(text, at)
         at = space.match(text, at).end()
-        roots += root if isinstance(root, list) else root["data"] if "data" in root else [root]
+        whole_file = "data" in root and "context" not in root
+        roots += root if isinstance(root, list) else root["data"] if whole_file else [root]
     for n, row in enumerate(roots, 1):
         for p, paragraph in enumerate(row["paragraphs"] if "paragraphs" in row else [{**row, "qas": [{}]}], 1):
             for q, qa in enumerate(paragraph["qas"], 1):
@@ -127,8 +137,9 @@ def _example(record, number):
             return [one for answer in answers for one in flat(answer)]
         return [] if answers is None else [text(str(answers))]
     answers = [] if record.get("is_impossible") else flat(record["answers"])
-    return Example(text(str(record.get("id") or number)), text(record["context"]), text(record["question"]),
-                   tuple(filter(str.strip, answers)), text(str(record.get("title") or "")))
+    name = lambda key: "" if record.get(key) is None else text(str(record[key]))
+    return Example(name("id") or number, text(record["context"]), text(record["question"]),
+                   tuple(filter(str.strip, answers)), name("title"))
 
 
 def join_paragraphs(examples, prompt, tokens, seed):
@@ -163,12 +174,16 @@ def download_squad(split):
         raise UserError(f"split {split!r} of squad does not exist; there are {', '.join(SQUAD_SHA256)}")
     path = CACHE / f"{split}-v1.1.json"
     if not path.exists():
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             download_url_to_file(SQUAD_URL + path.name, str(path), SQUAD_SHA256[split])
-        except (OSError, RuntimeError) as error:  # a wrong checksum is a RuntimeError
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # a wrong checksum is a RuntimeError
             raise UserError(f"cannot download SQuAD into {CACHE} ({error}); set LATENTWIRE_CACHE to a folder of yours, "
                             "give a local file with --data PATH, or use --data synthetic") from None
+        finally:
+            socket.setdefaulttimeout(before)
     return path
 
 
@@ -335,9 +350,12 @@ class Prompt:
 
     def tokenize(self, texts):
         """Token ids of users' texts. A special token typed in one stays plain text: it cannot end the prompt."""
-        ids = self.tokenizer([self.mark + text for text in texts], add_special_tokens=False, split_special_tokens=True,
-                             return_attention_mask=False).input_ids
-        return [np.array(row[self.skip:], np.int32) for row in ids]
+        found = []
+        for start in range(0, len(texts), 5000):  # its own form of them takes a hundred bytes a token
+            ids = self.tokenizer([self.mark + text for text in texts[start:start + 5000]], add_special_tokens=False,
+                                 split_special_tokens=True, return_attention_mask=False).input_ids
+            found += [np.array(row[self.skip:], np.int32) for row in ids]
+        return found
 
     def items(self, examples):
         """Tokenise examples; a context shared by many questions is tokenised once and kept once."""
@@ -407,7 +425,7 @@ class Tensors:
 class Source(Tensors):
     """What one encoder pass reads, a document a row."""
     ids: object       # (B, W) token ids: before, text; PAD right
-    again: object     # (B, R) token ids of what is read behind it: the text once more; PAD right
+    again: object     # (B, R) token ids of what is read behind it unless that is predicted: the text again; PAD right
     length: object    # (B,) how many places each document has in the cache: before, latents
     most: int         # and the most of them
     whole: bool       # whether every token is a latent

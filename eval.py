@@ -344,8 +344,8 @@ def main():
     made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
                    "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
-                   "latents": M, "ratio": ratio, "read_again": args.read_again, "max_new_tokens": args.max_new_tokens,
-                   "device": device.type, "dtype": str(dtype), **made_by}
+                   "latents": M, "ratio": ratio, "predicted": bool(wire and wire.predictor is not None),
+                   "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)
     begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),

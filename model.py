@@ -6,13 +6,14 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
                                                          needed of all layers and heads
     M latents, question, Answer: --LM + reader LoRA-->   answer
 
-Once it is trained, a linear map of key and value predicts what the second reading would find, and there is none.
+Training reads a text twice. After it a linear map of a place's key and value predicts what the second reading would
+find, and the text is read once.
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
-    importance     how much a head needs a token of the source while the LM reads it again; and where a question
-                   chooses, how much a layer needs it where the reader is about to answer
-    predictor      what tells the first of these, for each head, from a token's key and value alone
+    importance     how much a head needs a token of the source while the LM reads it again (`need` below); and where a
+                   question chooses, how much a layer needs it where the reader is about to answer (`looked`)
+    predictor      what tells the need of each head from a token's key and value alone
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
                    average: a head that needs the source more than another has more of them.
                    wire embeds: a vector of the LM's width for one of the tokens that any head needs most.
@@ -154,7 +155,8 @@ def nearness(lm, items, rarity):
 # ------------------------------------------------------------------------------------------------
 # What will be needed, without reading a text again
 
-RIDGE, LEAST = 0.005, 3.0  # of `fit`: the penalty, by variance; how far below the cut the log of a need counts
+RIDGE = 0.005  # the penalty of a slope, by the variance of its column
+BELOW = 3.0    # how far below the cut the log of a need still counts
 
 
 def traits(lm, keys, values):
@@ -301,7 +303,7 @@ class LatentWire(nn.Module):
             real = source.ids != PAD
             there = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
             need = torch.stack(self.needed(source, there))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
-            cut = need.flatten().float().quantile(0.8) - LEAST
+            cut = need.flatten().float().quantile(0.8) - BELOW
             fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, :, H:], need.clamp(min=cut))
         self.predictor = fit.weights().to(self.lm.device)
 
@@ -374,9 +376,9 @@ class LatentWire(nn.Module):
 
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
-        the others). The LM reads before and text with the encoder's LoRA (`read`), and behind them, without gradient,
-        what tells how much each token is needed (`needed`). each: every head holds as many, as where a question
-        chooses, and no others are there."""
+        the others). The LM reads before and text with the encoder's LoRA (`read`); how much each token is needed, it
+        reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many, as where a
+        question chooses, and no others are there."""
         layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
         embeds, hidden, keys, values = self.read(source)
         text, count = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values), source.length - H

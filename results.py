@@ -58,6 +58,8 @@ def eval_command(run, rows):
     m, usual = run.metrics, {"latents": max(budgets(Config(**run.config))) if run.config else 32, "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
+    if run.config and run.config["wire"] == "kv" and given.get("predicted") is False:
+        changed.append(" --read_again")
     who = f"--ckpt {run.config['out']}/ckpt/best" if run.config else f"--lm {run.lm}"
     return (f"python eval.py --mode {','.join(rows)} {who} --data {Path(m['dataset']).name} --samples {m['samples']}"
             + "".join(changed))

@@ -19,7 +19,8 @@ from common import UserError, log, write_atomic
 from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
-FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused
+FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From ee42bb2 on it may have a
+# predictor, which earlier commits do not know
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 

@@ -56,7 +56,8 @@ class Config(WireConfig):
                           "chance fewer; 0: one. For articles and books, with --ratio 8 and --pack 16")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
-    epochs: int = option(20, "passes over the samples; 0, with --start: measure those weights")
+    epochs: int = option(20, "passes over the samples; 0, with --start: fit the predictor to those weights "
+                             "and answer the dev slice")
     minutes: float = option(0.0, "end after that long, the learning rate with it; 0: epochs alone decide")
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
@@ -106,7 +107,7 @@ PRESETS = {
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
 
-FITTED = 4000  # tokens to which the predictor of what is needed is fitted
+FIT_TOKENS = 4000  # of training texts, to which the predictor of what is needed is fitted
 
 # By the first flag of each.
 TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix",
@@ -131,14 +132,14 @@ def parse_config(argv=None):
     for name in ("samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
-    if config.epochs < 1 and not config.start:
+    if config.epochs < (0 if config.start else 1):
         raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
-    if not 0 <= config.join <= config.max_prompt_tokens:
-        raise UserError(f"--join {config.join} must be 0 to {config.max_prompt_tokens}, what the encoder reads at once "
-                        "(--max_prompt_tokens)")
+    if not 0 <= config.join <= (most := config.max_prompt_tokens - 128):
+        raise UserError(f"--join {config.join} must be 0 to {most}, which leaves of --max_prompt_tokens "
+                        f"{config.max_prompt_tokens} room for a question")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
     check_config(config)
@@ -161,7 +162,8 @@ def unseen(config):
     """--data for eval.py: what neither trained the wire nor picked its checkpoint."""
     if (config.eval_data or config.data) == "synthetic":
         return "synthetic"
-    return "squad" if config.data == "squad" and not config.eval_data else f"{config.out}/held_out.jsonl"
+    whole = config.data == "squad" and not config.eval_data and not config.join
+    return "squad" if whole else f"{config.out}/held_out.jsonl"
 
 
 def load_items(config, prompt):
@@ -169,15 +171,15 @@ def load_items(config, prompt):
     eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
     flat = lambda groups: [example for group in groups for example in group]
     articles = lambda examples: grouped(examples, lambda example: example.title or example.context)
-    join = lambda examples: join_paragraphs(examples, prompt, config.join, config.seed) if config.join else examples
+    joined = lambda examples: join_paragraphs(examples, prompt, config.join, config.seed) if config.join else examples
     eval_data = config.eval_data or config.data
-    train = join(load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed))
+    train = joined(load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed))
     if eval_data == "synthetic":
         # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
         dev = load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}")
     else:
         if config.eval_data:
-            held = articles(join(load_data(eval_data, "dev")))
+            held = articles(joined(load_data(eval_data, "dev")))
         else:  # the last 4.5% of the articles (20 of SQuAD's 442), or of the contexts of a file that names none; more,
             # up to a fifth, where those have few questions
             groups = articles(train)
@@ -187,8 +189,10 @@ def load_items(config, prompt):
             train, held = flat(groups[:-n]), groups[:-n - 1:-1]
         pick, measure = flat(held[::2]), flat(held[1::2] or held)
         dev = random.Random(config.seed).sample(pick, min(config.eval_samples, len(pick)))
+        which = ("every other one, the others' are" if held[1:] else
+                 "the only one, so what picks the checkpoint measures it too; all are")
         log(f"notice: {len(held)} articles or contexts of {eval_data} are held out; the dev slice is {len(dev)} "
-            f"questions of every other one, the others' are in {config.out}/held_out.jsonl")
+            f"questions of {which} in {config.out}/held_out.jsonl")
         if first_process():
             lines = "".join(json.dumps(asdict(example)) + "\n" for example in measure)
             write_atomic(Path(config.out) / "held_out.jsonl", lines)
@@ -636,11 +640,11 @@ class Stopped(Exception):  # a signal came while the dev slice was being answere
 
 
 def texts_to_fit(run, watch):
-    """Training texts, the same at every call, until they have FITTED tokens together; watch(0) before each."""
+    """Training texts, the same at every call, until they have FIT_TOKENS together; watch(0) before each."""
     groups, tokens = list(run.plan.groups), 0
     random.Random(run.config.seed).shuffle(groups)
     for group in groups:
-        if tokens < FITTED:
+        if tokens < FIT_TOKENS:
             watch(0)
             text = run.wire.layout.source(run.items[group[0]])
             tokens += len(text)
@@ -661,6 +665,8 @@ def evaluate(run):
     run.wire.eval()
     try:
         run.wire.fit_predictor(texts_to_fit(run, watch))
+        if run.world > 1 and run.wire.predictor is not None:  # a bit may decide what is kept, and how long they work
+            dist.broadcast(run.wire.predictor, 0)
         scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire,
                                       bar=SimpleNamespace(update=watch)))
     except Stopped:
@@ -708,6 +714,7 @@ def train(config, rank, world, device, dtype, why, stack):
     began, window, ticked = time.time() - state.elapsed, [], time.time()
     progress, stop = clock(run, began)
     while progress < 1 and not stop:
+        run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
         done = train_step(run, progress, window)
