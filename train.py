@@ -122,6 +122,7 @@ def parse_config(argv=None):
     if preset not in PRESETS:
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     p = Parser(__doc__)
+    p.usage = "%(prog)s [flags]"  # there are forty
     for f in fields(Config):
         if f.name in TOPICS:
             add = p.add_argument_group(TOPICS[f.name]).add_argument
