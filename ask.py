@@ -86,8 +86,7 @@ def asked(wire, latents, items):
 def answer(wire, latents, items, max_new_tokens):
     """What the reader makes of Latents (B rows) and the items' questions: a Generated."""
     with use_lora(wire.lm, "reader"):
-        return generate(wire.lm, wire.prompt.tokenizer, asked(wire, latents, items),
-                        latents, max_new_tokens)
+        return generate(wire.lm, wire.prompt.tokenizer, asked(wire, latents, items), latents, max_new_tokens)
 
 
 def needs(wire, latents, items):

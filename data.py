@@ -149,7 +149,7 @@ def join_paragraphs(examples, prompt, tokens, seed):
     rng, found = random.Random(f"join {seed}"), []
     contexts = list(dict.fromkeys(example.context for example in examples))
     length = dict(zip(contexts, map(len, prompt.tokenize([" " + context for context in contexts]))))
-    for article in grouped(examples, lambda example: example.title or example.context):
+    for article in by_article(examples):
         texts, room = [], 0
         for questions in grouped(article, lambda example: example.context):
             room -= length[questions[0].context]
@@ -547,6 +547,11 @@ def grouped(things, key):
     for thing in things:
         groups.setdefault(key(thing), []).append(thing)
     return list(groups.values())
+
+
+def by_article(examples):
+    """The Examples of each article, or of each context where none is named."""
+    return grouped(examples, lambda example: example.title or example.context)
 
 
 def group_by_context(items):

@@ -300,9 +300,8 @@ class LatentWire(nn.Module):
         for text in texts:
             source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
             _, _, keys, values = self.read(source)
-            real = source.ids != PAD
-            there = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
-            need = torch.stack(self.needed(source, there))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
+            text_read = every_place(source.ids != PAD, keys, values)
+            need = torch.stack(self.needed(source, text_read))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
             cut = need.flatten().float().quantile(0.8) - BELOW
             fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, :, H:], need.clamp(min=cut))
         self.predictor = fit.weights().to(self.lm.device)
@@ -381,7 +380,7 @@ class LatentWire(nn.Module):
         question chooses, and no others are there."""
         layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
         embeds, hidden, keys, values = self.read(source)
-        text, count = Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values), source.length - H
+        text, count = every_place(real, keys, values), source.length - H
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
         if not source.whole:
             held = (best(need, held, H, count, each or layout.late) if source.asks is None else
@@ -489,6 +488,11 @@ class LatentWire(nn.Module):
         return total, {name: part.detach() for name, part in parts.items()}, logits[:batch.tokens].detach()
 
     forward = loss  # what DDP calls
+
+
+def every_place(real, keys, values):
+    """The Latents of all places of an encoder's pass, as it left them. real (B, W): which are no padding."""
+    return Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
 
 
 def budget(length, M, ratio=None):

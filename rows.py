@@ -272,9 +272,9 @@ def words_of(prompt, lm):
 def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25,
                  bar=None):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
-    trained for). Returns a dict with, per item in order, `answers`, `ids`,
-    `f1`, `em`, and the means nll_token, first_token_top1, first_token_top5, tokens_read, latents (that a question
-    sees), stored (of its document), and seconds encode, prefill, decode."""
+    trained for). Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means nll_token,
+    first_token_top1, first_token_top5, tokens_read, latents (that a question sees), stored (of its document), and
+    seconds encode, prefill, decode."""
     name, own, form = split_row(name)
     row = ROWS[name]
     M, ratio = (own, None) if own else (M, ratio)

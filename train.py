@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import Parser, UserError, append_line, first_process, log, read_lines, run_main, write_atomic
-from data import Prompt, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
+from data import Prompt, by_article, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option, rarity
@@ -171,7 +171,6 @@ def load_items(config, prompt):
     """(training items, dev items). The dev slice is fixed by the seed, and none of its articles is among those that
     eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
     flat = lambda groups: [example for group in groups for example in group]
-    articles = lambda examples: grouped(examples, lambda example: example.title or example.context)
     joined = lambda examples: join_paragraphs(examples, prompt, config.join, config.seed) if config.join else examples
     eval_data = config.eval_data or config.data
     train = joined(load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed))
@@ -180,10 +179,10 @@ def load_items(config, prompt):
         dev = load_data(eval_data, "dev", config.eval_samples, f"dev slice {config.seed}")
     else:
         if config.eval_data:
-            held = articles(joined(load_data(eval_data, "dev")))
+            held = by_article(joined(load_data(eval_data, "dev")))
         else:  # the last 4.5% of the articles (20 of SQuAD's 442), or of the contexts of a file that names none; more,
             # up to a fifth, where those have few questions
-            groups = articles(train)
+            groups = by_article(train)
             n = max(1 + (len(groups) >= 5), round(0.045 * len(groups)))
             while n < len(groups) // 5 and sum(map(len, groups[-n:])) < 2 * config.eval_samples:
                 n += 1
@@ -362,9 +361,9 @@ class Plan:
         self.groups, self.lengths = group_by_context(items), [len(item.context) for item in items]
         alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"  # a row a question
         self.per_row = 1 if alone else min(config.pack, micro)
-        self.ends = []  # the number of steps until each epoch's end
+        self.begins = [0]  # how many steps come before each epoch, and before the run's end
         for epoch in range(config.epochs):
-            self.ends.append((self.ends[-1] if epoch else 0) + len(self._epoch(epoch)))
+            self.begins.append(self.begins[-1] + len(self._epoch(epoch)))
 
     def _epoch(self, epoch):
         if epoch not in self.epochs:
@@ -373,12 +372,12 @@ class Plan:
         return self.epochs[epoch]
 
     def __len__(self):
-        return self.ends[-1] if self.ends else 0
+        return self.begins[-1]
 
     def where(self, n):
         """(epoch, step within it) of step n."""
-        epoch = next(epoch for epoch, end in enumerate(self.ends) if n < end)
-        return epoch, n - (self.ends[epoch - 1] if epoch else 0)
+        epoch = next(epoch for epoch, end in enumerate(self.begins[1:]) if n < end)
+        return epoch, n - self.begins[epoch]
 
     def __getitem__(self, n):
         """The micro-batches of step n: [(rows of item numbers, M, random numbers of its own), ...]."""
@@ -636,8 +635,8 @@ def most(run, *values):
     return shared.tolist()
 
 
-class Stopped(Exception):  # a signal came while the dev slice was being answered
-    pass
+class Stopped(Exception):
+    """A signal came while the dev slice was being answered."""
 
 
 def texts_to_fit(run, watch):
@@ -645,11 +644,12 @@ def texts_to_fit(run, watch):
     groups, tokens = list(run.plan.groups), 0
     random.Random(run.config.seed).shuffle(groups)
     for group in groups:
-        if tokens < FIT_TOKENS:
-            watch(0)
-            text = run.wire.layout.source(run.items[group[0]])
-            tokens += len(text)
-            yield text
+        if tokens >= FIT_TOKENS:
+            return
+        watch(0)
+        text = run.wire.layout.source(run.items[group[0]])
+        tokens += len(text)
+        yield text
 
 
 def evaluate(run):
