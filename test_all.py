@@ -1381,6 +1381,7 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
 
 @pytest.mark.parametrize("name", train.PRESETS)
 def test_presets(name):
+    assert parse_config(["--preset", name, "--max_prompt_tokens", "100"]).join == 0  # no room for more is no mistake
     config = parse_config(["--preset", name])
     check_config(config)
     assert train.PRESETS[name].items() <= vars(config).items() and train.split_batch(config, 1)[0] == config.batch
@@ -1453,6 +1454,7 @@ def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article
     ("train --preset magic", "--preset magic is unknown; there are default, smoke, demo, squad"),
     ("train --samples x", "--samples: invalid int value: 'x'"),
     ("train --minutes -1", "--minutes -1.0 must not be negative"),
+    ("train --join 1000", "--join 1000 must be 0 to 896"),
     ("train --tf 0 --first 0", "every loss weight is 0"),
     ("train --wire magic", "--wire magic is unknown; there are kv, embeds, tokens"),
     ("train --wire tokens --keep magic", "--keep magic is unknown; there are truncated, selective, matched, all"),

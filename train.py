@@ -138,8 +138,8 @@ def parse_config(argv=None):
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
-    if not 0 <= config.join <= (most := config.max_prompt_tokens - 128):
-        raise UserError(f"--join {config.join} must be 0 to {most}, which leaves of --max_prompt_tokens "
+    if config.join and not 0 < config.join <= (room := config.max_prompt_tokens - 128):
+        raise UserError(f"--join {config.join} must be 0 to {room}, which leaves of --max_prompt_tokens "
                         f"{config.max_prompt_tokens} room for a question")
     if config.minutes < 0:
         raise UserError(f"--minutes {config.minutes} must not be negative")
