@@ -6,14 +6,14 @@ The wire: a frozen LM that reads a text, keeps of it what each head needs most, 
                                                          needed of all layers and heads
     M latents, question, Answer: --LM + reader LoRA-->   answer
 
-Training reads a text twice. After it a linear map of a place's key and value predicts what the second reading would
+Training reads a text twice. After it a linear map of a place's keys and values predicts what the second reading would
 find, and the text is read once.
 
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     importance     how much a head needs a token of the source while the LM reads it again (`need` below); and where a
                    question chooses, how much a layer needs it where the reader is about to answer (`looked`)
-    predictor      what tells the need of each head from a token's key and value alone
+    predictor      what tells the need of each head from a token's keys and values in its layer alone
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
                    average: a head that needs the source more than another has more of them.
                    wire embeds: a vector of the LM's width for one of the tokens that any head needs most.
@@ -157,29 +157,34 @@ def nearness(lm, items, rarity):
 
 RIDGE = 0.005  # the penalty of a slope, by the variance of its column
 BELOW = 3.0    # how far below the cut the log of a need still counts
+ENOUGH = 16    # tokens of text for each trait, to which the prediction is fitted
 
 
 def traits(lm, keys, values):
-    """What a place is, as far as each head sees it: its key as if it stood first, its value, the log of the value's
-    length, and 1: (B, heads, W, 2 d_head + 2) float32 a layer, of keys and values (B, heads, W, d_head) a layer."""
+    """What a place is, as far as a layer sees it: of each of its heads the key as if it stood first, the value, and the
+    log of the value's length; and 1: (B, W, F) float32 a layer, of keys and values (B, heads, W, d_head) a layer."""
     place = torch.arange(keys[0].shape[2], device=keys[0].device)
     still = turn(lm, [key.float() for key in keys], -place.expand(len(keys[0]), -1))
     for key, value in zip(still, values):
         length = value.float().norm(dim=-1, keepdim=True).clamp(min=1e-6).log()
-        yield torch.cat([key, value.float(), length, torch.ones_like(length)], -1)
+        of_heads = torch.cat([key, value.float(), length], -1).transpose(1, 2).flatten(2)
+        yield F.pad(of_heads, (0, 1), value=1.0)
 
 
 class Fit:
-    """Ridge regression of the log of a head's need of a place on its traits, for every layer and head at once."""
+    """Ridge regression of the log of a head's need of a place on the traits of the place in its layer."""
 
     def __init__(self):
         self.square, self.cross = 0.0, 0.0
 
     def add(self, x, y):
-        """x (L, heads, n, F) traits, the last of them 1; y (L, heads, n)."""
+        """x (L, n, F) traits, the last of them 1; y (L, heads, n)."""
         x, y = x.cpu().double(), y.cpu().double()
         self.square = self.square + x.mT @ x
-        self.cross = self.cross + (x.mT @ y[..., None])
+        self.cross = self.cross + x.mT @ y.mT
+
+    def enough(self):
+        return self.square[0, -1, -1] >= ENOUGH * self.square.shape[-1]
 
     def weights(self):
         """(L, heads, F) float32. The constant is not penalised: everything is taken from its mean first."""
@@ -189,7 +194,7 @@ class Fit:
         spread, with_y = square[..., :-1, :-1] - mean @ mean.mT, cross[..., :-1, :] - mean * middle
         spread = spread + torch.diag_embed(RIDGE * spread.diagonal(dim1=-2, dim2=-1) + 1e-6)
         slope = torch.linalg.solve(spread, with_y)
-        return torch.cat([slope, middle - mean.mT @ slope], -2).squeeze(-1).float()
+        return torch.cat([slope, middle - mean.mT @ slope], -2).mT.contiguous().float()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,10 +295,11 @@ class LatentWire(nn.Module):
 
     @torch.no_grad()
     def fit_predictor(self, texts):
-        """Fit, to the second reading of texts (each (T,) token ids), what predicts from a place's key and value how
+        """Fit, to the second reading of texts (each (T,) token ids), what predicts from a place's keys and values how
         much each head needs it, so that outside of training a text is read once; such modules are known as gates (Fast
-        KVzip, arXiv 2601.17668). Needs that are far below those of a text's most needed fifth all count alike. A wire
-        has none where vectors are the latents, or where layers see a window, so that need depends on the place."""
+        KVzip, arXiv 2601.17668). Takes no more of the texts than are enough. Needs that are far below those of a
+        text's most needed fifth all count alike. A wire has none where vectors are the latents, or where layers see a
+        window, so that need depends on the place."""
         fit, H, self.predictor = Fit(), len(self.layout.before), None
         if self.config.wire != "kv" or getattr(self.lm.config, "sliding_window", None):
             return
@@ -303,7 +309,9 @@ class LatentWire(nn.Module):
             text_read = every_place(source.ids != PAD, keys, values)
             need = torch.stack(self.needed(source, text_read))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
             cut = need.flatten().float().quantile(0.8) - BELOW
-            fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, :, H:], need.clamp(min=cut))
+            fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, H:], need.clamp(min=cut))
+            if fit.enough():
+                break
         self.predictor = fit.weights().to(self.lm.device)
 
     # -- how many
@@ -402,8 +410,7 @@ class LatentWire(nn.Module):
         W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W). Training does read again;
         afterwards that is predicted."""
         if self.predictor is not None and not self.training:
-            return [(x @ weight[..., None]).squeeze(-1).exp()
-                    for x, weight in zip(traits(self.lm, text.keys, text.values), self.predictor)]
+            return [(x @ weight.mT).exp().mT for x, weight in zip(traits(self.lm, text.keys, text.values), self.predictor)]
         found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
         found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found

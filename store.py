@@ -363,6 +363,12 @@ def load_trained(wire, folder):
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
+    config = wire.lm.config
+    traits = place_values(wire.lm, "kv") // config.num_hidden_layers + config.num_key_value_heads + 1
+    if "predictor" in weights and weights["predictor"].shape[-1] != traits:
+        log(f"notice: {folder} predicts needs as commits up to 50ac03b did; texts are read twice until train.py "
+            f"--epochs 0 --start {folder} fits that anew")
+        del weights["predictor"]
     wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():

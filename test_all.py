@@ -720,6 +720,7 @@ def test_a_text_is_read_once_where_what_is_needed_is_predicted(family):
         need[training] = torch.stack(wire.needed(source, text))[..., 2:].clamp(min=1e-6).log()
     wire.eval(), counting.remove()
     far = (need[False] - need[True])[:, real[:, None, 2:].expand(-1, 2, -1)]
+    assert wire.predictor.shape == (4, 2, 2 * 2 * keys[0].shape[-1] + 2 + 1)
     assert far.std() < 0.7 * need[True][:, real[:, None, 2:].expand(-1, 2, -1)].std()
     alone = wire.collate([items[2:3]], lambda T: 9).source
     T = alone.ids.shape[1]
@@ -728,21 +729,23 @@ def test_a_text_is_read_once_where_what_is_needed_is_predicted(family):
     place = torch.arange(30)[None]
     turned = turn(wire.lm, [key[:, :, :1].expand(-1, -1, 30, -1)[:1] for key in keys], place)
     for x in traits(wire.lm, turned, [value[:1, :, :1].expand(-1, -1, 30, -1) for value in values]):
-        assert torch.allclose(x, x[:, :, :1].expand_as(x), atol=1e-4)
+        assert torch.allclose(x, x[:, :1].expand_as(x), atol=1e-4)
     wire.predictor = None
 
 
 def test_what_predicts_is_ridge_regression():
     """Of columns less their means, each penalised by its variance, against numpy, whatever the parts."""
     rng, fit = np.random.default_rng(0), Fit()
-    x, y = rng.normal(3, [[1.0, 0.1, 9.0, 0.0]], (2, 3, 50, 4)), rng.normal(size=(2, 3, 50))
+    x, y = rng.normal(3, [[1.0, 0.1, 9.0, 0.0]], (2, 80, 4)), rng.normal(size=(2, 3, 80))
     x[..., -1] = 1
-    for part in (slice(0, 20), slice(20, 50)):
-        fit.add(torch.from_numpy(x[:, :, part]).float(), torch.from_numpy(y[:, :, part]).float())
-    for found, a, b in zip(fit.weights().flatten(0, 1), x.reshape(6, 50, 4), y.reshape(6, 50)):
+    for part, enough in ((slice(0, 20), False), (slice(20, 80), True)):
+        fit.add(torch.from_numpy(x[:, part]).float(), torch.from_numpy(y[:, :, part]).float())
+        assert fit.enough() == enough  # 64, 16 for each trait
+    for a, heads, weights in zip(x, y, fit.weights().numpy()):
         z = (a[:, :3] - a[:, :3].mean(0)) / a[:, :3].std(0)
-        slope = np.linalg.solve(z.T @ z / 50 + RIDGE * np.eye(3), z.T @ (b - b.mean()) / 50)
-        assert np.allclose(a @ found.numpy(), z @ slope + b.mean(), atol=1e-3)
+        for b, found in zip(heads, weights):
+            slope = np.linalg.solve(z.T @ z / 80 + RIDGE * np.eye(3), z.T @ (b - b.mean()) / 80)
+            assert np.allclose(a @ found, z @ slope + b.mean(), atol=1e-3)
 
 
 @torch.no_grad()
@@ -1251,7 +1254,7 @@ def trained(tiny, tmp_path_factory):
 # store.py: checkpoints
 
 @pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(scope="asked"), dict(wire="tokens")], ids=str)
-def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes):
+def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, capsys, changes):
     wire, prompt, items = chunky_wire(tiny, **changes)
     texts, questions = [item.context for item in items], [item.question for item in items]
     wire.rarity.copy_(rarity(texts, questions, prompt.around, len(wire.rarity)))
@@ -1262,6 +1265,12 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
         again = load_wire(saved, lm, prompt).kept()
         assert saved.config == wire.config and again.keys() == wire.kept().keys()
         assert all(torch.equal(p.to(dtype).float(), again[key]) for key, p in wire.kept().items())
+    if wire.predictor is not None:  # as it once was: of a head's own key and value alone
+        wire.predictor = wire.predictor[..., :20]
+        save_checkpoint(tmp_path / "old", wire)
+        other = load_lm(tiny, device="cpu")[0]
+        assert load_wire(read_checkpoint(tmp_path / "old"), other, prompt).predictor is None
+        assert f"--start {tmp_path / 'old'} fits that anew" in capsys.readouterr().err
     lm.get_input_embeddings().weight.data.mul_(2)
     del lm.identity
     with pytest.raises(UserError, match="was trained for"):

@@ -107,8 +107,6 @@ PRESETS = {
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
 
-FIT_TOKENS = 4000  # of training texts, to which the predictor of what is needed is fitted
-
 # By the first flag of each.
 TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix",
           "preset": "the run"}
@@ -640,16 +638,12 @@ class Stopped(Exception):
 
 
 def texts_to_fit(run, watch):
-    """Training texts, the same at every call, until they have FIT_TOKENS together; watch(0) before each."""
-    groups, tokens = list(run.plan.groups), 0
+    """Training texts, in the same order at every call; watch(0) before each."""
+    groups = list(run.plan.groups)
     random.Random(run.config.seed).shuffle(groups)
     for group in groups:
-        if tokens >= FIT_TOKENS:
-            return
         watch(0)
-        text = run.wire.layout.source(run.items[group[0]])
-        tokens += len(text)
-        yield text
+        yield run.wire.layout.source(run.items[group[0]])
 
 
 def evaluate(run):
