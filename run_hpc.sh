@@ -48,7 +48,8 @@ case "${1:-}" in
 test)
   shift
   setup
-  exec .venv/bin/python -m pytest test_all.py -q -o markers="slow: runs a real model or whole scripts" "$@"
+  export OMP_NUM_THREADS=1  # two tests at a time
+  exec .venv/bin/python -m pytest test_all.py -q -n 2 --dist worksteal -o markers="slow: runs a real model or whole scripts" "$@"
   ;;
 demo)
   shift

@@ -130,7 +130,7 @@ def test_squad_layouts_and_samples(tmp_path, capsys):
     qas = [dict(line, answers=[{"text": "Rome"}, {"text": "in Rome"}]), dict(line, answers=[], is_impossible=True)]
     paragraphs = [{"context": line["context"], "qas": qas}]
     (tmp_path / "v2.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
-    (tmp_path / "v2.json.gz").write_bytes(gzip.compress((tmp_path / "v2.json").read_bytes()))
+    (tmp_path / "v2.json.gz").write_bytes(gzip.compress((tmp_path / "v2.json").read_bytes(), mtime=0))
     (tmp_path / "lines.jsonl").write_text(json.dumps(line) + "\n\n")
     for name in ("v2.json", "v2.json.gz", "lines.jsonl"):
         assert load_squad(tmp_path / name) == [Example("a", "Anna lives in Rome.", "Where?", ("Rome", "in Rome"), "t")]
@@ -172,7 +172,7 @@ def test_data_as_people_have_it(tmp_path, capsys):
     ("odd.json", b'[{"context": "x", "question": "y", "answers": ["z"]}, 7]', "behind record 1, paragraph 1, question"),
     ("table.parquet", b"PAR1", "is not JSON (line 1: Expecting value); other formats become it by pandas: to_json("),
     ("empty.json", b'{"data": []}', "no answerable question"), ("latin.json", b'\xff\xfe{"data"', "cannot be read"),
-    ("cut.json.gz", gzip.compress(b'{"data": []}' * 99)[:20], "cannot be read (Compressed file ended"),
+    ("cut.json.gz", gzip.compress(b'{"data": []}' * 99, mtime=0)[:20], "cannot be read (Compressed file ended"),
     ("bad.jsonl", b'{"context": "a", "question": "b", "answers": ["c"]}\n{', "is not JSON (line 2"),
     ("key.jsonl", b'{"context": "a", "answers": ["c"]}', "KeyError 'question'"),
     ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "3 is not a string")])
