@@ -157,7 +157,8 @@ def nearness(lm, items, rarity):
 
 RIDGE = 0.005  # the penalty of a slope, by the variance of its column
 BELOW = 3.0    # how far below the cut the log of a need still counts
-ENOUGH = 16    # tokens of text for each trait, to which the prediction is fitted
+ENOUGH, TOKENS = 16, 10_000  # to how many tokens of text for each trait the prediction is fitted, and at most in all
+MOST = 5_000   # traits; an LM with more in a layer goes on reading twice: their squares would take its memory
 
 
 def traits(lm, keys, values):
@@ -179,22 +180,29 @@ class Fit:
 
     def add(self, x, y):
         """x (L, n, F) traits, the last of them 1; y (L, heads, n)."""
-        x, y = x.cpu().double(), y.cpu().double()
-        self.square = self.square + x.mT @ x
-        self.cross = self.cross + x.mT @ y.mT
+        device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
+        x, y = x.to(device).double(), y.to(device).double()
+        self.square += x.mT @ x
+        self.cross += x.mT @ y.mT
 
     def enough(self):
-        return self.square[0, -1, -1] >= ENOUGH * self.square.shape[-1]
+        return self.square[0, -1, -1] >= min(TOKENS, ENOUGH * self.square.shape[-1])
 
     def weights(self):
-        """(L, heads, F) float32. The constant is not penalised: everything is taken from its mean first."""
-        n = self.square[..., -1:, -1:]
-        square, cross = self.square / n, self.cross / n
-        mean, middle = square[..., :-1, -1:], cross[..., -1:, :]
-        spread, with_y = square[..., :-1, :-1] - mean @ mean.mT, cross[..., :-1, :] - mean * middle
-        spread = spread + torch.diag_embed(RIDGE * spread.diagonal(dim1=-2, dim2=-1) + 1e-6)
-        slope = torch.linalg.solve(spread, with_y)
-        return torch.cat([slope, middle - mean.mT @ slope], -2).mT.contiguous().float()
+        """(L, heads, F) float32."""
+        return torch.stack([ridge(*layer) for layer in zip(self.square, self.cross)]).float()
+
+
+def ridge(square, cross):
+    """(heads, F) weights of a layer, of its sums square (F, F) and cross (F, heads). The constant is not penalised:
+    everything is taken from its mean first. The penalty is the larger the fewer tokens there are."""
+    n, F = square[-1, -1], len(square)
+    square, cross = square / n, cross / n
+    mean, middle = square[:-1, -1:], cross[-1:]
+    spread, with_y = square[:-1, :-1] - mean @ mean.T, cross[:-1] - mean @ middle
+    penalty = RIDGE * (ENOUGH * F / n).clamp(min=1)
+    slope = torch.linalg.solve(spread + torch.diag(penalty * spread.diagonal() + 1e-6), with_y)
+    return torch.cat([slope, middle - mean.T @ slope]).T
 
 
 # ------------------------------------------------------------------------------------------------
@@ -298,8 +306,8 @@ class LatentWire(nn.Module):
         """Fit, to the second reading of texts (each (T,) token ids), what predicts from a place's keys and values how
         much each head needs it, so that outside of training a text is read once; such modules are known as gates (Fast
         KVzip, arXiv 2601.17668). Takes no more of the texts than are enough. Needs that are far below those of a
-        text's most needed fifth all count alike. A wire has none where vectors are the latents, or where layers see a
-        window, so that need depends on the place."""
+        text's most needed fifth all count alike. A wire has none where vectors are the latents, where layers see a
+        window, so that need depends on the place, or where a layer has too many traits."""
         fit, H, self.predictor = Fit(), len(self.layout.before), None
         if self.config.wire != "kv" or getattr(self.lm.config, "sliding_window", None):
             return
@@ -309,7 +317,10 @@ class LatentWire(nn.Module):
             text_read = every_place(source.ids != PAD, keys, values)
             need = torch.stack(self.needed(source, text_read))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
             cut = need.flatten().float().quantile(0.8) - BELOW
-            fit.add(torch.stack(list(traits(self.lm, keys, values)))[:, 0, H:], need.clamp(min=cut))
+            seen = torch.stack(list(traits(self.lm, keys, values)))[:, 0, H:]
+            if seen.shape[-1] > MOST:
+                return
+            fit.add(seen, need.clamp(min=cut))
             if fit.enough():
                 break
         self.predictor = fit.weights().to(self.lm.device)
@@ -410,7 +421,8 @@ class LatentWire(nn.Module):
         W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W). Training does read again;
         afterwards that is predicted."""
         if self.predictor is not None and not self.training:
-            return [(x @ weight.mT).exp().mT for x, weight in zip(traits(self.lm, text.keys, text.values), self.predictor)]
+            found = traits(self.lm, text.keys, text.values)
+            return [(x @ weight.mT).exp().mT for x, weight in zip(found, self.predictor)]
         found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
         found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found

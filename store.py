@@ -19,8 +19,8 @@ from common import UserError, log, write_atomic
 from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
-FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From ee42bb2 on it may have a
-# predictor, which earlier commits do not know
+FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
+# predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot apply
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
@@ -363,12 +363,12 @@ def load_trained(wire, folder):
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
-    config = wire.lm.config
-    traits = place_values(wire.lm, "kv") // config.num_hidden_layers + config.num_key_value_heads + 1
-    if "predictor" in weights and weights["predictor"].shape[-1] != traits:
-        log(f"notice: {folder} predicts needs as commits up to 50ac03b did; texts are read twice until train.py "
-            f"--epochs 0 --start {folder} fits that anew")
-        del weights["predictor"]
+    if (own := weights.get("predictor")) is not None:
+        config = wire.lm.config
+        width = place_values(wire.lm, "kv") // (config.num_hidden_layers * config.num_key_value_heads)
+        if own.shape[-1] == width + 2:  # up to commit 50ac03b: of a head's own key and value, nothing of the others'
+            alone = torch.eye(own.shape[1])[:, :, None] * own[:, :, None, :-1].float()
+            weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)
     wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
