@@ -77,10 +77,12 @@ def cells(run, row, first):
     s, about = run.rows[row][0], ROWS[split_row(row)[0]]
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
+    start = Path(run.config.get("start", "")).parts  # preserved_data/RUN/ckpt or RUN/ckpt/best
+    after = f" after {short(start[start[0] == RUNS.name])}'s" if start else ""
     return {
         "Run": short(run.name) if about.trained else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
-        "Questions trained on": f"{best.get('samples_seen', 0):,}" if about.trained else "-",
+        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.trained else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
         "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
         "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),

@@ -2381,6 +2381,10 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RUNS", kept)
     lines = results.block("runs", [f"latent@{copy.name}", f"latent_shuffled@{alone.name}"]).split("\n")
     assert "| tiny | latent | 137 | 12 |" in lines[-2].replace(copy.name, "tiny") and "| +0.0 [0.0, 0.0] |" in lines[-1]
+    for start, says in (("kept/2026-01-01_smollm2_squad_x/ckpt", "137 after x's"), ("y/ckpt/best", "137 after y's")):
+        begun = report.Run(copy)
+        begun.config["start"] = start
+        assert results.cells(begun, "latent", (begun, "latent"))["Questions trained on"] == says
     again = vars(parse_config(lines[1].split()[2:])) | {"lm": str(tiny)}
     differs = {key for key, value in read_json(out / "config.json").items() if again[key] != value}
     assert differs <= {"resume", "out", "device"}
