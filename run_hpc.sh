@@ -13,7 +13,7 @@
 #
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row, asks the wire. About 15 minutes the first time; interrupted, it goes on where it was.
-#   bash run_hpc.sh test     installs into .venv and runs every test, about 10 minutes on 2 cores.
+#   bash run_hpc.sh test     installs into .venv and runs every test, about 7 minutes on 2 cores.
 #   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
 #                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,embeds
 #   bash run_hpc.sh results  writes the tables of README.md and RESULTS.md from the runs in preserved_data.
