@@ -330,7 +330,7 @@ def bench_plan(args):
     """What fits where. With --shard each of n GPUs holds the embeddings, an n-th of the layers and two whole ones."""
     wire, items = setup(args, lora_rank=32)
     rows, lm, GB, result, lines = questions_of(args, items), wire.lm, 1e9, {}, []
-    step, few, n = step_of(wire, rows), rows[:1], sum(map(len, rows))
+    step, first, n = step_of(wire, rows), len(rows[0]), sum(map(len, rows))
     step()  # so that Adam's state is there
     result["measured"] = peak_bytes(step, wire.rarity.device)
     for name, config, dtype in ((args.lm, lm.config, lm.dtype), (args.lm, lm.config, torch.bfloat16),
@@ -338,13 +338,13 @@ def bench_plan(args):
         for recompute in (False, True):
             made = {k: step_bytes(config, dtype, rows[:k], wire.prompt, recompute) for k in {1, len(rows)}}
             all_rows, one = made[len(rows)], made[1]
-            beside = n - len(few[0])  # what is the same for any number of questions cancels out
+            beside = n - first  # what is the same for any number of questions cancels out
             each = (all_rows["passing"] - one["passing"]) / beside if beside else all_rows["passing"] / n
             whole, layers = all_rows["frozen"], config.num_hidden_layers * all_rows["layer"]
             held = {gpus: all_rows["trained"] + (whole if gpus == 1 else whole - layers + layers / gpus
                                                  + 2 * all_rows["layer"]) for gpus in (1, 2, 4, 8)}
             room = {gpus: 80 * GB - rest - one["passing"] for gpus, rest in held.items()}
-            fit = {gpus: int(left / each) + len(few[0]) if left >= 0 else 0 for gpus, left in room.items()}
+            fit = {gpus: int(left / each) + first if left >= 0 else 0 for gpus, left in room.items()}
             kind = f"{name} {str(dtype)[6:]}" + (" --grad_checkpoint" if recompute else "")
             result[kind] = all_rows | {"a_question": each, "fit_80_gb": fit, "questions": n}
             lines.append([kind, *(f"{x / GB:.2f}" for x in (whole, all_rows["trained"], all_rows["passing"])),

@@ -196,11 +196,11 @@ class Fit:
 def ridge(square, cross):
     """(heads, F) weights of a layer, of its sums square (F, F) and cross (F, heads). The constant is not penalised:
     everything is taken from its mean first. The penalty is the larger the fewer tokens there are."""
-    n, F = square[-1, -1], len(square)
+    n = square[-1, -1]
     square, cross = square / n, cross / n
     mean, middle = square[:-1, -1:], cross[-1:]
     spread, with_y = square[:-1, :-1] - mean @ mean.T, cross[:-1] - mean @ middle
-    penalty = RIDGE * (ENOUGH * F / n).clamp(min=1)
+    penalty = RIDGE * (ENOUGH * len(square) / n).clamp(min=1)
     slope = torch.linalg.solve(spread + torch.diag(penalty * spread.diagonal() + 1e-6), with_y)
     return torch.cat([slope, middle - mean.T @ slope]).T
 
