@@ -13,7 +13,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     plan     what fits where: memory of a training step, counted without running it, for --lm and for Llama-3.1-8B
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
     articles  a trained wire's answers from a text of many paragraphs, each about one of them: F1 by its length, by M
-             and by where the paragraph stands
+             and by where the paragraph stands; of --wire tokens --keep all, the reader's of the text itself
     peers    a trained wire beside published methods that keep as much: kvpress beside one of --wire kv, LLMLingua
              beside one of --wire tokens; not in `all`: pip install --no-deps -r requirements-bench.txt
 
@@ -66,9 +66,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
-from data import Prompt, group_by_context, load_data
+from data import PAD, Prompt, group_by_context, load_data
 from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
-from model import Latents, LatentWire, WireConfig, budgets
+from model import Latents, LatentWire, WireConfig, budgets, every_place
 from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
@@ -152,12 +152,13 @@ def trained_wire(args, saved):
     return load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
 
 
-def wire_of_texts(args):
-    """The trained wire of --ckpt, whose latents must stand for a text alone."""
+def wire_of_texts(args, rival=""):
+    """The trained wire of --ckpt, whose latents must stand for a text alone, or that has the row `rival`."""
     saved = read_checkpoint(args.ckpt)
-    if saved.config.wire == "tokens" or saved.config.scope == "prompt" or args.samples < 4:
+    config, own = saved.config, own_row(saved.config)
+    if own != rival and (config.wire == "tokens" or config.scope == "prompt") or args.samples < 4:
         raise UserError("documents and articles need a wire whose latents stand for a text alone, and --samples of at "
-                        f"least 4; this is --wire {saved.config.wire} --scope {saved.config.scope} with {args.samples}")
+                        f"least 4; this is --wire {config.wire} --scope {config.scope} with {args.samples}")
     return trained_wire(args, saved)
 
 
@@ -401,15 +402,26 @@ def article_text(prompt, examples, T):
     return text, [(item, middle(item)) for item in items if whole(item)]
 
 
+def as_reader(wire, text):
+    """The Latents of a text (T,) that the reader itself reads, all of it at once: what it would answer from anyway."""
+    wire.lm.config._attn_implementation = "behind"  # without latents it is plain SDPA
+    source = wire.source([text], [len(text)]).to(wire.lm.device)
+    return every_place(source.ids != PAD, *map(list, wire.read(source, "reader")[2:]))
+
+
 @torch.no_grad()
 def bench_articles(args):
     """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
-    wire, articles, result, rows = wire_of_texts(args), {}, {}, []
+    wire, articles, result, rows = wire_of_texts(args, "text_lora"), {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
-    counts = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8, "M = T": lambda T: T}
+    reads = {name: lambda text, count=count: encode(wire, text, count(len(text))) for name, count in {
+        "M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8, "M = T": lambda T: T}.items()}
+    if wire.config.wire == "tokens":
+        reads = {"text": partial(as_reader, wire)}
+    placed = "T / M = 8" if len(reads) > 1 else "text"
     for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
-        rng, f1, at = random.Random(T), {name: [] for name in counts}, []
+        rng, f1, at = random.Random(T), {name: [] for name in reads}, []
         for title in rng.sample(sorted(articles), len(articles)):
             if len(at) >= args.samples:
                 break
@@ -418,8 +430,8 @@ def bench_articles(args):
                 continue
             asked = rng.sample(asked, min(5, len(asked), args.samples - len(at)))
             at += [place for _, place in asked]
-            for name, count in counts.items():
-                document = Document(encode(wire, text, count(T)), len(wire.layout.before), title)
+            for name, read in reads.items():
+                document = Document(read(text), len(wire.layout.before), title)
                 given = replies(wire, [document], document.latents, [item.example.question for item, _ in asked])
                 f1[name] += [f1_score(reply["answer"], item.example.answers)
                              for reply, (item, _) in zip(given, asked)]
@@ -429,10 +441,10 @@ def bench_articles(args):
         third = np.minimum((3 * np.array(at)).astype(int), 2)
         result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
-                     ", ".join(f"{100 * np.mean(np.array(f1['T / M = 8'])[third == k]):.0f}" if (third == k).any()
+                     ", ".join(f"{100 * np.mean(np.array(f1[placed])[third == k]):.0f}" if (third == k).any()
                                else "-" for k in range(3))])
         log(f"articles: {T} tokens done")
-    table(["tokens", "n", *counts, "T / M = 8: first, middle, last third"], rows)
+    table(["tokens", "n", *reads, f"{placed}: first, middle, last third"], rows)
     return result
 
 

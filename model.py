@@ -378,7 +378,7 @@ class LatentWire(nn.Module):
 
     # -- passes
 
-    def read(self, source):
+    def read(self, source, lora="encoder"):
         """The encoder's pass: what it reads and what becomes of it, (B, W, d) each, and its keys and values, a tensor
         (B, heads, W, d_head) a layer."""
         lm, W = self.lm, source.ids.shape[1]
@@ -387,7 +387,7 @@ class LatentWire(nn.Module):
         if getattr(lm.config, "sliding_window", None):
             causal = torch.ones(W, W, dtype=torch.bool, device=embeds.device).tril().expand(len(embeds), -1, -1)
             mask = masks(lm, causal, position, position)
-        with use_lora(lm, "encoder"):  # padding is on the right, where nothing sees it: plain causal attention does
+        with use_lora(lm, lora):  # padding is on the right, where nothing sees it: plain causal attention does
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
         return embeds, hidden, *zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))

@@ -2536,6 +2536,17 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
         bench.main(bench.parse_args(["all", "peers"]))
 
 
+def test_a_reader_answers_the_same_from_a_text_that_it_has_read_once(tiny):
+    """What `articles` shares between the questions of a text is what the row reads for each of them."""
+    wire, prompt, items = make_wire(tiny, wire="tokens", keep="all")
+    row = evaluate_row("text_lora", wire.lm, prompt.tokenizer, prompt, items[:6], wire)["answers"]
+    for item, answer in zip(items, row):
+        latents = bench.as_reader(wire, item.context)
+        document = bench.Document(latents, len(wire.layout.before), "")
+        assert bench.replies(wire, [document], latents, [item.example.question])[0]["answer"] == answer
+    assert len({*row}) > 1
+
+
 def test_bytes_are_counted_while_they_are_held():
     given, held = torch.ones(250), []
 
