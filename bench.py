@@ -152,13 +152,15 @@ def trained_wire(args, saved):
     return load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
 
 
-def wire_of_texts(args, rival=""):
-    """The trained wire of --ckpt, whose latents must stand for a text alone, or that has the row `rival`."""
+def wire_of_texts(args, text_too=False):
+    """The trained wire of --ckpt, whose latents must stand for a text alone; or, text_too, that reads all of it."""
     saved = read_checkpoint(args.ckpt)
-    config, own = saved.config, own_row(saved.config)
-    if own != rival and (config.wire == "tokens" or config.scope == "prompt") or args.samples < 4:
-        raise UserError("documents and articles need a wire whose latents stand for a text alone, and --samples of at "
-                        f"least 4; this is --wire {config.wire} --scope {config.scope} with {args.samples}")
+    config = saved.config
+    fits = text_too if own_row(config) == "text_lora" else config.wire != "tokens" and config.scope != "prompt"
+    if not fits or args.samples < 4:
+        raise UserError("documents and articles need a wire whose latents stand for a text alone, articles that or one "
+                        "of --wire tokens --keep all, and --samples of at least 4; this is --wire "
+                        f"{config.wire} --keep {config.keep} --scope {config.scope} with {args.samples}")
     return trained_wire(args, saved)
 
 
@@ -406,20 +408,21 @@ def as_reader(wire, text):
     """The Latents of a text (T,) that the reader itself reads, all of it at once: what it would answer from anyway."""
     wire.lm.config._attn_implementation = "behind"  # without latents it is plain SDPA
     source = wire.source([text], [len(text)]).to(wire.lm.device)
-    return every_place(source.ids != PAD, *map(list, wire.read(source, "reader")[2:]))
+    return every_place(source.ids != PAD, *wire.read(source, "reader")[2:])
 
 
 @torch.no_grad()
 def bench_articles(args):
     """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
-    wire, articles, result, rows = wire_of_texts(args, "text_lora"), {}, {}, []
+    wire, articles, result, rows = wire_of_texts(args, text_too=True), {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
-    reads = {name: lambda text, count=count: encode(wire, text, count(len(text))) for name, count in {
-        "M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8, "M = T": lambda T: T}.items()}
     if wire.config.wire == "tokens":
-        reads = {"text": partial(as_reader, wire)}
-    placed = "T / M = 8" if len(reads) > 1 else "text"
+        placed, reads = "text", {"text": partial(as_reader, wire)}
+    else:
+        placed = "T / M = 8"
+        reads = {"M = 32": lambda text: encode(wire, text, 32), placed: lambda text: encode(wire, text, len(text) // 8),
+                 "M = T": lambda text: encode(wire, text, len(text))}
     for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
         rng, f1, at = random.Random(T), {name: [] for name in reads}, []
         for title in rng.sample(sorted(articles), len(articles)):

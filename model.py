@@ -379,8 +379,8 @@ class LatentWire(nn.Module):
     # -- passes
 
     def read(self, source, lora="encoder"):
-        """The encoder's pass: what it reads and what becomes of it, (B, W, d) each, and its keys and values, a tensor
-        (B, heads, W, d_head) a layer."""
+        """The encoder's pass, or the same with another LoRA set on: what it reads and what becomes of it, (B, W, d)
+        each, and its keys and values, a list of a tensor (B, heads, W, d_head) a layer."""
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
@@ -390,7 +390,7 @@ class LatentWire(nn.Module):
         with use_lora(lm, lora):  # padding is on the right, where nothing sees it: plain causal attention does
             hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
-        return embeds, hidden, *zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers)))
+        return embeds, hidden, *map(list, zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers))))
 
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
@@ -412,7 +412,7 @@ class LatentWire(nn.Module):
         place = torch.arange(real.shape[1], device=real.device)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
         keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (place >= H))
-        latents = Latents(source.length, held, [place.expand(len(real), 1, -1)] * len(keys), keys, list(values),
+        latents = Latents(source.length, held, [place.expand(len(real), 1, -1)] * len(keys), keys, values,
                           need=need if layout.late else None)
         return latents.packed([source.most] * len(keys)) if each or layout.late else latents
 
