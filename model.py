@@ -12,7 +12,7 @@ find, and the text is read once.
 Words, one meaning each:
     source         the token ids that latents replace (scope context: the context; prompt: question and context)
     importance     how much a head needs a token of the source while the LM reads it again (`need` below); and where a
-                   question chooses, how much a layer needs it where the reader is about to answer (`looked`)
+                   question chooses, that times how much the LM looks at its place when about to answer (`looked_at`)
     predictor      what tells the need of each head from a token's keys and values in its layer alone
     latent         wire kv: one of the source's keys and its value in every layer and head. M latents are M a head on
                    average: a head that needs the source more than another has more of them.
@@ -25,8 +25,7 @@ Words, one meaning each:
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and of it a question sees M. Where a question chooses (there,
-                   and in scope prompt), most are what each layer needs for it, the rest what is needed anyway
+                   alone: a document is stored at --ratio, and of it a question sees M
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
@@ -263,9 +262,6 @@ class Adapter(nn.Module):
         return base + self.rms * self.out(h)
 
 
-OWN = 0.75  # where a question chooses among the latents, which share of them it does choose
-
-
 class LatentWire(nn.Module):
     """A frozen LM and its LoRA sets. prompt: of its items."""
 
@@ -402,8 +398,9 @@ class LatentWire(nn.Module):
         text, count = every_place(real, keys, values), source.length - H
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
         if not source.whole:
-            held = (best(need, held, H, count, each or layout.late) if source.asks is None else
-                    self.chosen(self.looked_at(text, source.asks), need, held, count, 1.0 if each else OWN))
+            if source.asks is not None:
+                need = near(need, self.looked_at(text, source.asks))
+            held = best(need, held, H, count, each or layout.late)
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
             base, hidden = (y.take_along_dim(kept[:, 0, H:, None], 1).float() for y in (embeds, hidden))
@@ -428,35 +425,25 @@ class LatentWire(nn.Module):
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found
 
     def looked_at(self, latents, asks):
-        """How much each layer needs each of the places of Latents where the reader, having read asks (B, S), token ids
-        with PAD right, is about to answer: (B, heads, N) a layer; of an embeds wire, one (B, 1, N), the mean of all.
-        As in SnapKV (arXiv 2404.14469) the end of the prompt is what looks, and a place is as needed as the most
-        needed one up to 8 beside it, and half as much again for itself: an answer is found where it begins. The heads
-        of a layer agree, each as loud as the others."""
-        found, real = [], asks != PAD
+        """How much the LM looks at each place of Latents where the reader, having read asks (B, S), token ids with PAD
+        right, is about to answer: (B, 1, N), the mean of all layers and heads, each as loud as the others. As in SnapKV
+        (arXiv 2404.14469) the end of the prompt is what looks, and a place is as much looked at as the most looked at
+        one up to 8 beside it, and half as much again for itself: an answer is found where it begins."""
+        real, found = asks != PAD, 0
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
-        scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
-        for score, held in zip(scores, latents.held):
-            score = score[..., :held.shape[-1]].clone()
+        for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
+            score = score[..., :latents.held[0].shape[-1]].clone()
             score[..., :len(self.layout.before)] = 0
             share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
-            found.append((F.max_pool1d(share, 17, 1, 8) + share / 2).expand_as(score))
-        return [torch.stack(found).mean(0)[:, :1]] if self.config.wire == "embeds" else found
-
-    def chosen(self, looked, need, held, count, own=OWN):
-        """Which of the places that are held a question sees, count[b] a head, as `best` has them: a share `own` of them
-        are what each layer needs most for it (looked); the rest, of all layers and heads, what they need most whatever
-        is asked (need)."""
-        mine = (own * count).round().long()
-        stays = best(looked, held, len(self.layout.before), mine, each=True)
-        rest = [score.masked_fill(stay, -1) for score, stay in zip(need, stays)]
-        return [one | other for one, other in zip(stays, best(rest, held, 0, count - mine, each=False))]
+            found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
+        return found
 
     def choose(self, latents, asks, M=None):
         """Of Latents the M (default: what the wire was trained for) that a question sees, by asks (B, S), token ids
         with PAD right: the late choice of scope asked."""
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
-        return replace(latents, held=self.chosen(self.looked_at(latents, asks), latents.need, latents.held, count))
+        need = near(latents.need, self.looked_at(latents, asks))
+        return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""
@@ -517,6 +504,12 @@ def every_place(real, keys, values):
 def budget(length, M, ratio=None):
     """M, or ceil(length / ratio) where a ratio is given; never more than length."""
     return min(math.ceil(length / ratio) if ratio else M, length)
+
+
+def near(need, looked):
+    """How much each head needs each place for a question: need, (B, heads, N) a layer, of those that it looks at,
+    looked (B, 1, N). A head needs many places or few whatever is asked, and the question says where."""
+    return [score * looked for score in need]
 
 
 def best(scores, held, before, count, each):

@@ -753,7 +753,7 @@ def test_what_predicts_is_ridge_regression():
 
 @torch.no_grad()
 def looked_at(wire, asks, latents):
-    """By hand, a layer each: what "Answer:" at the end of asks looks at in the Latents of one text, the layer's heads
+    """By hand, (N,): what "Answer:" at the end of asks looks at in the Latents of one text, all layers and heads
     together, each place as much as its neighbours and half as much for itself; the text before lends nothing."""
     ids, N, found = torch.from_numpy(asks)[None].long(), latents.held[0].shape[-1], []
     asking = torch.arange(len(asks))[None] >= len(asks) - len(wire.prompt.anchor)
@@ -762,8 +762,8 @@ def looked_at(wire, asks, latents):
         share[:, :2] = 0
         share = (share / share.sum(1, keepdim=True)).mean(0)
         near = torch.stack([share[max(0, n - 8):n + 9].max() for n in range(N)])
-        found.append((near + share / 2)[None].expand(2, -1))
-    return found
+        found.append(near + share / 2)
+    return torch.stack(found).mean(0)
 
 
 def highest(score, count):
@@ -779,7 +779,7 @@ def highest(score, count):
 ], ids=str)
 def test_what_is_needed_most_stays(tiny, changes, each):
     """Of all layers and heads together, or of each; where a latent is one vector for all heads, what any needs; where
-    the question is known, 7 of 9 are what the answer needs in each layer."""
+    the question is known, near what the LM looks at before it answers."""
     wire, prompt, items = make_wire(tiny, **changes)
     rows, layout = [items[:1], items[6:7]], wire.layout
     source = wire.collate(rows, lambda T: 9).source
@@ -794,20 +794,16 @@ def test_what_is_needed_most_stays(tiny, changes, each):
         scores = scores.amax((0, 2), keepdim=True)
     for b, row in enumerate(rows):
         T = len(layout.source(row[0]))
-        need, own = scores[:, b, :, 2:2 + T], 0                                     # (layers, heads, T)
-        mine = torch.zeros_like(need, dtype=torch.bool)
+        need = scores[:, b, :, 2:2 + T]                                             # (layers, heads, T)
         if layout.asks:
-            own = 9 if each else 7
-            looked = torch.stack(looked_at(wire, layout.asks(row[0]), text.rows([b])))[..., 2:2 + T]
-            looked = looked.mean((0, 1), keepdim=True) if changes.get("wire") else looked
-            mine.scatter_(2, torch.tensor(highest(looked, own)), True)
-        elif each or layout.late:
-            own = 9
-            mine.scatter_(2, torch.tensor(highest(need, own)), True)
-        rest = highest(need.masked_fill(mine, -1).flatten(), (9 - own) * need[..., 0].numel())
-        mine.flatten()[rest] = True
+            need = need * looked_at(wire, layout.asks(row[0]), text.rows([b]))[2:2 + T]
+        mine, alike = torch.zeros_like(need, dtype=torch.bool), each or layout.late
+        if alike:
+            mine.scatter_(2, torch.tensor(highest(need, 9)), True)
+        else:
+            mine.view(-1)[highest(need.flatten(), 9 * need[..., 0].numel())] = True
         stay = [[[0, 1, *(2 + t for t in head.nonzero()[:, 0].tolist())] for head in layer] for layer in mine]
-        assert (len({len(head) for layer in stay for head in layer}) > 1) == (own < 9 and not changes.get("wire"))
+        assert (len({len(head) for layer in stay for head in layer}) > 1) == (not alike and not changes.get("wire"))
         if changes.get("wire"):
             assert [latents.kept[0][b].tolist()] == stay
             continue
@@ -840,9 +836,9 @@ def test_packed_latents_are_read_as_they_are(tiny, changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.0, 3.0])
-def test_a_question_sees_what_is_needed_for_it_and_anyway(tiny, ratio):
-    """Of a stored document, whatever its batch: 9 a head are 7 of each layer's for it, and 2 that all heads share. The
-    keys stay where they are, and the question behind them all."""
+def test_a_question_sees_what_is_needed_near_what_it_looks_at(tiny, ratio):
+    """Of a stored document, whatever its batch: all heads share 9 a head. The keys stay where they are, and the
+    question behind them all."""
     wire, prompt, items = make_wire(tiny, scope="asked", ratio=ratio)
     texts, asks = [items[0].context, items[6].context[:20]], [prompt.after(items[0]), prompt.after(items[7])[-5:]]
     stored = [wire.encode(wire.source([text], [wire.stored(len(text))])).packed() for text in texts]
@@ -851,19 +847,15 @@ def test_a_question_sees_what_is_needed_for_it_and_anyway(tiny, ratio):
     assert chosen.length.tolist() == [2 + wire.stored(len(text)) for text in texts]
     for b, (each, ask_) in enumerate(zip(stored, asks)):
         N = each.held[0].shape[-1]
-        own = torch.zeros(4, 2, N, dtype=torch.bool)
-        for layer, score in enumerate(looked_at(wire, ask_, each)):
-            for h in range(2):
-                own[layer, h, [0, 1, *(2 + n for n in highest(score[h, 2:], 7))]] = True
-        need = torch.stack([need[0] for need in each.need]).masked_fill(own, -1)
+        need = torch.stack([need[0] for need in each.need])                         # (layers, heads, N)
         if ratio == 0:  # every token is stored, and what it is needed for when the text is read again is known
             again = np.concatenate([prompt.repeat, texts[b]]).astype(int)
             theirs = importance(wire.lm, embed(wire.lm, torch.tensor(again)[None]), torch.ones(1, len(again)) > 0, each)
             assert all(torch.allclose(mine, one[..., :N], atol=1e-4) for mine, one in zip(each.need, theirs))
-        rest = torch.zeros(own.numel(), dtype=torch.bool)
-        rest[highest(need.flatten(), min(2 * 8, int((~own).sum())))] = True
-        wanted = own | rest.view(own.shape)
-        assert wanted.sum() == min(11, N) * 8
+        need = (need * looked_at(wire, ask_, each))[..., 2:]
+        wanted = torch.zeros_like(need, dtype=torch.bool)
+        wanted.view(-1)[highest(need.flatten(), min(8 * 9, need.numel()))] = True
+        wanted = torch.nn.functional.pad(wanted, (2, 0), value=True)
         for layer, held in enumerate(wanted):
             assert torch.equal(chosen.held[layer][b, :, :N], held) and not chosen.held[layer][b, :, N:].any()
             for side in ("keys", "values"):
