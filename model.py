@@ -218,6 +218,7 @@ class Latents:
     values: list = None
     prefix: object = None
     need: list = None  # (B, heads, N) a layer: how much a head needs each place anyway; where a question chooses later
+    width: int = 0     # how many places the document has, latents or not: kept counts up to there
 
     def of_tokens(self, T, before, weights=None):
         """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
@@ -232,7 +233,7 @@ class Latents:
 
     def rows(self, number):
         """The Latents of the documents number (B',), in that order."""
-        pick = lambda x: [y[number] for y in x] if isinstance(x, list) else None if x is None else x[number]
+        pick = lambda x: [y[number] for y in x] if isinstance(x, list) else x[number] if torch.is_tensor(x) else x
         return Latents(*map(pick, vars(self).values()))
 
     def packed(self, width=None):
@@ -244,7 +245,8 @@ class Latents:
         number = [ascending(held)[..., :n] for held, n in zip(self.held, width)]
         pick = lambda side: side and [y.take_along_dim(n.view(*n.shape, *(1,) * (y.ndim - 3)), 2)
                                       for y, n in zip(side, number)]
-        return Latents(self.length, *map(pick, (self.held, self.kept, self.keys, self.values)), need=pick(self.need))
+        sides = ("held", "kept", "keys", "values", "need")
+        return replace(self, **{name: pick(getattr(self, name)) for name in sides})
 
 
 class Adapter(nn.Module):
@@ -399,19 +401,19 @@ class LatentWire(nn.Module):
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
         if not source.whole:
             if source.asks is not None:
-                need = near(need, self.looked_at(text, source.asks))
-            held = best(need, held, H, count, each or layout.late)
+                need = near(need, self.looked_at(text, source.asks), text.kept)
+            held = best(need, held, H, count, each)
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
             base, hidden = (y.take_along_dim(kept[:, 0, H:, None], 1).float() for y in (embeds, hidden))
             there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
-            return Latents(source.length, [there], [kept], prefix=self.adapter(hidden, base))
+            prefix = self.adapter(hidden, base)
+            return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
         place = torch.arange(real.shape[1], device=real.device)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
         keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (place >= H))
-        latents = Latents(source.length, held, [place.expand(len(real), 1, -1)] * len(keys), keys, values,
-                          need=need if layout.late else None)
-        return latents.packed([source.most] * len(keys)) if each or layout.late else latents
+        latents = replace(text, length=source.length, held=held, keys=keys, need=need if layout.late else None)
+        return latents.packed([source.most] * len(keys)) if each else latents
 
     def needed(self, source, text):
         """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (B, heads,
@@ -425,16 +427,19 @@ class LatentWire(nn.Module):
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found
 
     def looked_at(self, latents, asks):
-        """How much the LM looks at each place of Latents where the reader, having read asks (B, S), token ids with PAD
-        right, is about to answer: (B, 1, N), the mean of all layers and heads, each as loud as the others. As in SnapKV
-        (arXiv 2404.14469) the end of the prompt is what looks, and a place is as much looked at as the most looked at
-        one up to 8 beside it, and half as much again for itself: an answer is found where it begins."""
-        real, found = asks != PAD, 0
+        """How much the LM looks at each place of the documents that Latents are of, where the reader, having read asks
+        (B, S), token ids with PAD right, is about to answer: (B, 1, width), the mean of all layers and heads, each as
+        loud as the others. As in SnapKV (arXiv 2404.14469) the end of the prompt is what looks, and a place is as much
+        looked at as the most looked at one up to 8 beside it, and half as much again for itself: an answer is found
+        where it begins."""
+        real, found, H = asks != PAD, 0, len(self.layout.before)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
-        for score in importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader"):
-            score = score[..., :latents.held[0].shape[-1]].clone()
-            score[..., :len(self.layout.before)] = 0
-            share = (score / score.sum(-1, keepdim=True).clamp(min=1e-9)).mean(1, keepdim=True)
+        scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
+        for score, kept in zip(scores, latents.kept):  # one head holds other places than the next
+            score = score[..., :kept.shape[-1]] * (kept >= H)
+            share = score / score.sum(-1, keepdim=True).clamp(min=1e-9)
+            share = share.new_zeros(*share.shape[:2], latents.width).scatter_add(2, kept.expand_as(share), share)
+            share = share.mean(1, keepdim=True)
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
@@ -442,7 +447,7 @@ class LatentWire(nn.Module):
         """Of Latents the M (default: what the wire was trained for) that a question sees, by asks (B, S), token ids
         with PAD right: the late choice of scope asked."""
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
-        need = near(latents.need, self.looked_at(latents, asks))
+        need = near(latents.need, self.looked_at(latents, asks), latents.kept)
         return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
 
     def latents(self, batch):
@@ -498,7 +503,9 @@ class LatentWire(nn.Module):
 
 def every_place(real, keys, values):
     """The Latents of all places of an encoder's pass, as it left them. real (B, W): which are no padding."""
-    return Latents(real.sum(1), [real[:, None]] * len(keys), None, keys, values)
+    B, W = real.shape
+    place = torch.arange(W, device=real.device).expand(B, 1, -1)
+    return Latents(real.sum(1), [real[:, None]] * len(keys), [place] * len(keys), keys, values, width=W)
 
 
 def budget(length, M, ratio=None):
@@ -506,10 +513,11 @@ def budget(length, M, ratio=None):
     return min(math.ceil(length / ratio) if ratio else M, length)
 
 
-def near(need, looked):
-    """How much each head needs each place for a question: need, (B, heads, N) a layer, of those that it looks at,
-    looked (B, 1, N). A head needs many places or few whatever is asked, and the question says where."""
-    return [score * looked for score in need]
+def near(need, looked, kept):
+    """How much each head needs each place for a question: need, (B, heads, N) a layer, times how much it looks there,
+    looked (B, 1, width) at the places kept. A head needs many or few whatever is asked, and the question says where."""
+    return [score * looked.expand(-1, score.shape[1], -1).gather(2, places.expand_as(score))
+            for score, places in zip(need, kept)]
 
 
 def best(scores, held, before, count, each):

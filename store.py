@@ -3,6 +3,7 @@ What is written and read again: checkpoints, and documents as latents. Shapes: s
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -82,9 +83,9 @@ def place_values(lm, wire):
 
 def stored_bytes(lm, config, places, kind):
     """Bytes of so many cached places as latents of a wire of that WireConfig: in scope asked with how much each head
-    needs each, by which a question chooses."""
+    needs each and which token's it is, by which a question chooses."""
     heads = lm.config.num_hidden_layers * lm.config.num_key_value_heads
-    need = heads * (4 if kind == "fp32" else 2) if config.scope == "asked" else 0
+    need = heads * (8 if kind == "fp32" else 6) if config.scope == "asked" else 0
     return payload_bytes(places * place_values(lm, config.wire), kind) + places * need
 
 
@@ -114,11 +115,13 @@ def encode(wire, text, count, each=False):
     """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk.
     each: every head holds as many, as the caches of other programs want it."""
     from tqdm import tqdm
-    parts, read = [], [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
+    parts, upto = [], 0
+    read = [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
     for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
-        part = wire.encode(source, each).packed()
-        parts.append(replace(part, kept=[kept + begin for kept in part.kept]))
+        part, gap = wire.encode(source, each).packed(), begin - upto  # between them what got no latent
+        parts.append(replace(part, kept=[kept + gap for kept in part.kept], width=part.width + gap))
+        upto = end
     return join(wire, parts).packed() if len(parts) > 1 else parts[0]
 
 
@@ -128,7 +131,10 @@ def join(wire, parts):
     if len(parts) == 1:
         return parts[0]
     H, at, turned = len(wire.layout.before), 0, []
-    for number, part in enumerate(parts):
+    begins = [0, *itertools.accumulate(part.width - H for part in parts)]
+    parts = [replace(part, kept=part.kept and [kept + begin for kept in part.kept])
+             for part, begin in zip(parts, begins)]
+    for part in parts:
         if part.keys is not None:
             turned.append(turn(wire.lm, part.keys, torch.full_like(part.length[:, None], at)))
             at += part.length.item() - H
@@ -146,21 +152,24 @@ def join(wire, parts):
         return found
     of = lambda name: beside([getattr(part, name) for part in parts])
     if not turned:
-        return Latents(length, of("held"), of("kept"), prefix=torch.cat([part.prefix for part in parts], 1))
-    return Latents(length, of("held"), of("kept"), beside(turned), of("values"), need=of("need"))
+        prefix = torch.cat([part.prefix for part in parts], 1)
+        return Latents(length, of("held"), of("kept"), prefix=prefix, width=begins[-1] + H)
+    return Latents(length, of("held"), of("kept"), beside(turned), of("values"), need=of("need"),
+                   width=begins[-1] + H)
 
 
 # A document's file is safetensors:
 #                keys, values     (P, d_head) of a kv wire: those of the first layer's first head, the text before in
 #                                 front of the latents, then the next head's, and
 #                places           (layers, heads) how many each has, P in all; in scope asked also
-#                need             (P,) how much each head needs each, float16 (float32 beside fp32); or
+#                need             (P,) how much each head needs each, float16 (float32 beside fp32), and
+#                kept             (P,) which of the document's places each is; or
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
-# its metadata:  format, kind, how many places are `before`, SHA-256 of the checkpoint's weights, identity of the LM,
-#                title, SHA-256 of the source and of all the rest
+# its metadata:  format, kind, how many places are `before` and how many the document has, latents or not (width),
+#                SHA-256 of the checkpoint's weights, identity of the LM, title, SHA-256 of the source and of the rest
 
-DOCUMENT = "latentwire 4"
+DOCUMENT = "latentwire 5"
 
 
 def save_document(path, document, kind, saved, identity, source):
@@ -177,11 +186,13 @@ def save_document(path, document, kind, saved, identity, source):
         if latents.need:
             need = torch.cat([need[0][there] for need, there in zip(latents.need, held)])
             tensors["need"] = need.to("cpu", torch.float32 if kind == "fp32" else torch.float16)
+            of_heads = [kept[0].expand_as(there) for kept, there in zip(latents.kept, held)]
+            tensors["kept"] = torch.cat([kept[there] for kept, there in zip(of_heads, held)]).to("cpu", torch.int32)
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
-    about = {"format": DOCUMENT, "kind": kind, "before": str(document.before), "ckpt_sha256": saved.checksum,
-             "lm": json.dumps(identity), "title": document.title,
+    about = {"format": DOCUMENT, "kind": kind, "before": str(document.before), "width": str(latents.width),
+             "ckpt_sha256": saved.checksum, "lm": json.dumps(identity), "title": document.title,
              "source_sha256": hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()}
     about["sha256"] = _sha256_of(tensors, about)
     part = Path(f"{path}.part")
@@ -214,7 +225,7 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
         raise UserError(f"--load {path} is not a file of latents of this version; write one with --save")
     if about.pop("sha256", "") != _sha256_of(tensors, about):
         raise UserError(f"--load {path} is damaged (wrong SHA-256); write it again with --save")
-    theirs, before = json.loads(about["lm"]), int(about["before"])
+    theirs, before, width = json.loads(about["lm"]), int(about["before"]), int(about["width"])
     if identity and any(theirs[key] != identity[key] for key in identity if key != "name"):
         raise UserError(f"--load {path} holds latents for {printable(theirs['name'])}, not for {identity['name']}")
     if saved and about["ckpt_sha256"] != saved.checksum:
@@ -224,7 +235,7 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     if "prefix" in tensors:
         prefix = part("prefix")[None]
         held = torch.ones(1, 1, before + prefix.shape[1], dtype=torch.bool, device=device)
-        return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix), before, about["title"])
+        return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix, width=width), before, about["title"])
     places = tensors["places"]
     each, widths = places.flatten().tolist(), places.amax(1).tolist()
     layers = lambda flat: [side[None, :, :width] for side, width in zip(
@@ -232,8 +243,9 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     held = [torch.arange(width, device=device) < there[None, :, None].to(device)
             for there, width in zip(places, widths)]
     length = torch.tensor([round(sum(each) / len(each))], device=device)
-    need = layers(tensors["need"].float().to(device)) if "need" in tensors else None
-    latents = Latents(length, held, None, layers(part("keys")), layers(part("values")), need=need)
+    need, kept = (layers(tensors[name].to(device)) if name in tensors else None for name in ("need", "kept"))
+    latents = Latents(length, held, kept and [k.long() for k in kept], layers(part("keys")), layers(part("values")),
+                      need=need and [n.float() for n in need], width=width)
     return Document(latents, before, about["title"])
 
 

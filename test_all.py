@@ -60,7 +60,8 @@ from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
-from model import RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, nearness, rarity, traits
+from model import (RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity,
+                   traits)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
@@ -753,15 +754,19 @@ def test_what_predicts_is_ridge_regression():
 
 @torch.no_grad()
 def looked_at(wire, asks, latents):
-    """By hand, (N,): what "Answer:" at the end of asks looks at in the Latents of one text, all layers and heads
-    together, each place as much as its neighbours and half as much for itself; the text before lends nothing."""
-    ids, N, found = torch.from_numpy(asks)[None].long(), latents.held[0].shape[-1], []
+    """By hand, (T,): what "Answer:" at the end of asks looks at in a text of which there are Latents, all layers and
+    heads together, each place as much as its neighbours and half as much for itself; the text before lends nothing."""
+    ids, T, found = torch.from_numpy(asks)[None].long(), latents.width, []
     asking = torch.arange(len(asks))[None] >= len(asks) - len(wire.prompt.anchor)
-    for score in importance(wire.lm, embed(wire.lm, ids), ids >= 0, latents, asking, "reader"):
-        share = score[0, :, :N].clone()
-        share[:, :2] = 0
-        share = (share / share.sum(1, keepdim=True)).mean(0)
-        near = torch.stack([share[max(0, n - 8):n + 9].max() for n in range(N)])
+    scores = importance(wire.lm, embed(wire.lm, ids), ids >= 0, latents, asking, "reader")
+    for score, held, kept in zip(scores, latents.held, latents.kept):
+        heads = torch.zeros(2, T)
+        for h in range(2):
+            there, which = (side.expand(1, 2, -1)[0, h] for side in (held, kept))
+            heads[h, which[there]] = score[0, h, :len(there)][there]
+        heads[:, :2] = 0
+        share = (heads / heads.sum(1, keepdim=True)).mean(0)
+        near = torch.stack([share[max(0, n - 8):n + 9].max() for n in range(T)])
         found.append(near + share / 2)
     return torch.stack(found).mean(0)
 
@@ -788,7 +793,7 @@ def test_what_is_needed_most_stays(tiny, changes, each):
         wire.lm.model(inputs_embeds=embed(wire.lm, source.ids), past_key_values=tape, use_cache=True)
     keys, values = zip(*(tape.caught[layer] for layer in range(4)))
     real = source.ids != data.PAD
-    text = Latents(real.sum(1), [real[:, None]] * 4, None, list(keys), list(values))
+    text = every_place(real, list(keys), list(values))
     scores = torch.stack(importance(wire.lm, embed(wire.lm, source.again), source.again != data.PAD, text))
     if changes.get("wire"):
         scores = scores.amax((0, 2), keepdim=True)
@@ -797,13 +802,13 @@ def test_what_is_needed_most_stays(tiny, changes, each):
         need = scores[:, b, :, 2:2 + T]                                             # (layers, heads, T)
         if layout.asks:
             need = need * looked_at(wire, layout.asks(row[0]), text.rows([b]))[2:2 + T]
-        mine, alike = torch.zeros_like(need, dtype=torch.bool), each or layout.late
-        if alike:
+        mine = torch.zeros_like(need, dtype=torch.bool)
+        if each:
             mine.scatter_(2, torch.tensor(highest(need, 9)), True)
         else:
             mine.view(-1)[highest(need.flatten(), 9 * need[..., 0].numel())] = True
         stay = [[[0, 1, *(2 + t for t in head.nonzero()[:, 0].tolist())] for head in layer] for layer in mine]
-        assert (len({len(head) for layer in stay for head in layer}) > 1) == (not alike and not changes.get("wire"))
+        assert (len({len(head) for layer in stay for head in layer}) > 1) == (not each and not changes.get("wire"))
         if changes.get("wire"):
             assert [latents.kept[0][b].tolist()] == stay
             continue
@@ -846,20 +851,27 @@ def test_a_question_sees_what_is_needed_near_what_it_looks_at(tiny, ratio):
     chosen = wire.choose(both, data.pad(asks, data.PAD), 9)
     assert chosen.length.tolist() == [2 + wire.stored(len(text)) for text in texts]
     for b, (each, ask_) in enumerate(zip(stored, asks)):
-        N = each.held[0].shape[-1]
-        need = torch.stack([need[0] for need in each.need])                         # (layers, heads, N)
         if ratio == 0:  # every token is stored, and what it is needed for when the text is read again is known
             again = np.concatenate([prompt.repeat, texts[b]]).astype(int)
             theirs = importance(wire.lm, embed(wire.lm, torch.tensor(again)[None]), torch.ones(1, len(again)) > 0, each)
-            assert all(torch.allclose(mine, one[..., :N], atol=1e-4) for mine, one in zip(each.need, theirs))
-        need = (need * looked_at(wire, ask_, each))[..., 2:]
-        wanted = torch.zeros_like(need, dtype=torch.bool)
-        wanted.view(-1)[highest(need.flatten(), min(8 * 9, need.numel()))] = True
-        wanted = torch.nn.functional.pad(wanted, (2, 0), value=True)
-        for layer, held in enumerate(wanted):
-            assert torch.equal(chosen.held[layer][b, :, :N], held) and not chosen.held[layer][b, :, N:].any()
+            assert all(torch.allclose(mine, one[..., :each.width], atol=1e-4) for mine, one in zip(each.need, theirs))
+        looked, heads = looked_at(wire, ask_, each), list(itertools.product(range(4), range(2)))
+        of = lambda side, row, layer, h: side[layer].expand(-1, 2, *side[layer].shape[2:])[row, h]
+        need = torch.full((4, 2, each.width), -1.0)
+        for layer, h in heads:
+            there, kept = of(each.held, 0, layer, h), of(each.kept, 0, layer, h)
+            need[layer, h, kept[there]] = (of(each.need, 0, layer, h) * looked[kept])[there]
+        most = highest(need[..., 2:].flatten(), min(8 * 9, int((need[..., 2:] >= 0).sum())))
+        wanted = torch.zeros(4 * 2 * (each.width - 2), dtype=torch.bool)
+        wanted[most] = True
+        wanted = torch.nn.functional.pad(wanted.view(4, 2, -1), (2, 0), value=True)
+        for layer, h in heads:
+            mine, stored_ = of(chosen.held, b, layer, h), of(each.held, 0, layer, h)
+            kept, all_kept = of(chosen.kept, b, layer, h)[mine], of(each.kept, 0, layer, h)[stored_]
+            assert kept.tolist() == wanted[layer, h].nonzero()[:, 0].tolist()
             for side in ("keys", "values"):
-                ours, theirs = getattr(chosen, side)[layer][b, :, :N][held], getattr(each, side)[layer][0][held]
+                ours = of(getattr(chosen, side), b, layer, h)[mine]
+                theirs = of(getattr(each, side), 0, layer, h)[stored_][torch.isin(all_kept, kept)]
                 assert torch.allclose(ours, theirs, atol=1e-5)
 
 
