@@ -277,7 +277,8 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
     seconds encode, prefill, decode."""
     name, own, form = split_row(name)
     row = ROWS[name]
-    M, ratio = (own, None) if own else (M, ratio)
+    if own:  # of a document that is stored at a ratio, that many are seen
+        M, ratio = own, ratio if wire and wire.layout.late else None
     others = [items[o] for o in other_contexts(items)] if row.latents == "other" else items
     rare = None if row.keep != "matched" else wire.rarity if wire else words_of(prompt, lm)
     answers, ids, hits, total = [None] * len(items), [None] * len(items), [], Counter()

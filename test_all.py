@@ -972,6 +972,10 @@ def test_a_row_depends_on_its_own_questions_and_its_budget_alone(tiny):
     text = [len(item.context) - min(len(item.context), math.ceil((len(item.context) + len(item.question)) / 4))
             for item in items]  # what truncated leaves out
     assert anchor["tokens_read"] - cut["tokens_read"] == pytest.approx(np.mean(text))
+    wire, *_ = make_wire(tiny, scope="asked")  # latent@4 of what --ratio stores
+    one, other = (answer(row, items, wire=wire, M=M, ratio=3.0) for row, M in (("latent@4", 9), ("latent", 4)))
+    assert one["ids"] == other["ids"] and one["latents"] == 4
+    assert one["stored"] == other["stored"] < one["source_tokens"] / 2
 
 
 def test_names_of_rows():
