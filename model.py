@@ -393,8 +393,8 @@ class LatentWire(nn.Module):
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
         the others). The LM reads before and text with the encoder's LoRA (`read`); how much each token is needed, it
-        reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many, as where a
-        question chooses, and no others are there."""
+        reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many, and no
+        others are there."""
         layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
         embeds, hidden, keys, values = self.read(source)
         text, count = every_place(real, keys, values), source.length - H
@@ -516,8 +516,8 @@ def budget(length, M, ratio=None):
 def near(need, looked, kept):
     """How much each head needs each place for a question: need, (B, heads, N) a layer, times how much it looks there,
     looked (B, 1, width) at the places kept. A head needs many or few whatever is asked, and the question says where."""
-    return [score * looked.expand(-1, score.shape[1], -1).gather(2, places.expand_as(score))
-            for score, places in zip(need, kept)]
+    return [score * looked.expand(-1, score.shape[1], -1).gather(2, which.expand_as(score))
+            for score, which in zip(need, kept)]
 
 
 def best(scores, held, before, count, each):
