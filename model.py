@@ -236,13 +236,13 @@ class Latents:
         pick = lambda x: [y[number] for y in x] if isinstance(x, list) else x[number] if torch.is_tensor(x) else x
         return Latents(*map(pick, vars(self).values()))
 
-    def packed(self, width=None):
+    def packed(self, widths=None):
         """The same without the places that no head of a layer holds: what is stored, and read at least cost. A layer
-        is padded to its fullest head; how full that is, a GPU must be asked, unless every layer's width is given."""
+        is padded to its fullest head; how full that is, a GPU must be asked, unless it is given of every layer."""
         if self.keys is None:
             return self
-        width = width or torch.stack([held.sum(-1).max() for held in self.held]).tolist()
-        number = [ascending(held)[..., :n] for held, n in zip(self.held, width)]
+        widths = widths or torch.stack([held.sum(-1).max() for held in self.held]).tolist()
+        number = [ascending(held)[..., :n] for held, n in zip(self.held, widths)]
         pick = lambda side: side and [y.take_along_dim(n.view(*n.shape, *(1,) * (y.ndim - 3)), 2)
                                       for y, n in zip(side, number)]
         sides = ("held", "kept", "keys", "values", "need")
@@ -409,9 +409,8 @@ class LatentWire(nn.Module):
             there = torch.arange(source.most, device=kept.device) < source.length[:, None, None]
             prefix = self.adapter(hidden, base)
             return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
-        place = torch.arange(real.shape[1], device=real.device)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
-        keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (place >= H))
+        keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
         latents = replace(text, length=source.length, held=held, keys=keys, need=need if layout.late else None)
         return latents.packed([source.most] * len(keys)) if each else latents
 

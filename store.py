@@ -21,8 +21,8 @@ from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
 FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
-# predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot apply.
-# Up to 590f892 a question chose otherwise, so wires of scope asked and prompt from then answer a little otherwise
+# predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot
+# apply. Up to 590f892 a question chose otherwise: wires of scope asked and prompt from then answer a little otherwise
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
@@ -182,13 +182,12 @@ def save_document(path, document, kind, saved, identity, source):
     else:
         held = [held[0].expand(k.shape[1:3]) for held, k in zip(latents.held, latents.keys)]
         tensors = {"places": torch.stack([h.sum(-1) for h in held]).to("cpu", torch.int32)}
-        parts = {name: torch.cat([y[0][there] for y, there in zip(getattr(latents, name), held)])
-                 for name in ("keys", "values")}
+        flat = lambda sides: torch.cat([y[0].expand(*there.shape, *y.shape[3:])[there]
+                                        for y, there in zip(sides, held)])
+        parts = {"keys": flat(latents.keys), "values": flat(latents.values)}
         if latents.need:
-            need = torch.cat([need[0][there] for need, there in zip(latents.need, held)])
-            tensors["need"] = need.to("cpu", torch.float32 if kind == "fp32" else torch.float16)
-            of_heads = [kept[0].expand_as(there) for kept, there in zip(latents.kept, held)]
-            tensors["kept"] = torch.cat([kept[there] for kept, there in zip(of_heads, held)]).to("cpu", torch.int32)
+            tensors["need"] = flat(latents.need).to("cpu", torch.float32 if kind == "fp32" else torch.float16)
+            tensors["kept"] = flat(latents.kept).to("cpu", torch.int32)
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
@@ -239,14 +238,13 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
         return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix, width=width), before, about["title"])
     places = tensors["places"]
     each, widths = places.flatten().tolist(), places.amax(1).tolist()
-    layers = lambda flat: [side[None, :, :width] for side, width in zip(
+    layers = lambda flat: [side[None, :, :n] for side, n in zip(
         pad_sequence(flat.split(each), True).unflatten(0, places.shape), widths)]
-    held = [torch.arange(width, device=device) < there[None, :, None].to(device)
-            for there, width in zip(places, widths)]
+    held = [torch.arange(n, device=device) < there[None, :, None].to(device) for there, n in zip(places, widths)]
     length = torch.tensor([round(sum(each) / len(each))], device=device)
-    need, kept = (layers(tensors[name].to(device)) if name in tensors else None for name in ("need", "kept"))
-    latents = Latents(length, held, kept and [k.long() for k in kept], layers(part("keys")), layers(part("values")),
-                      need=need and [n.float() for n in need], width=width)
+    need, kept = (layers(tensors[name].to(device, kind)) if name in tensors else None
+                  for name, kind in (("need", torch.float32), ("kept", torch.long)))
+    latents = Latents(length, held, kept, layers(part("keys")), layers(part("values")), need=need, width=width)
     return Document(latents, before, about["title"])
 
 
