@@ -99,17 +99,6 @@ def needs(wire, latents, items):
     return [layer[..., :latents.held[number % len(latents.held)].shape[-1]] for number, layer in enumerate(found)]
 
 
-def of_each(documents, before, needed):
-    """(D,) how much of what is needed (`needs`, of one answer: (heads, N) a layer) stands in each of joined documents,
-    which hold unequal numbers of places in a layer. before: how many places stand in front of them."""
-    share = torch.zeros(len(documents))
-    for number, layer in enumerate(needed):
-        held = [document.latents.held[number % len(document.latents.held)] for document in documents]
-        parts = layer[:, before:].split([each.shape[-1] - before for each in held], 1)
-        share += torch.stack([part.sum() for part in parts]).cpu()
-    return share
-
-
 def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     """For each question {"question", "answer", "probability": of the answer's tokens, "document": of several, the title
     of the one that its first token needs most, "near": where its text is there, the words that it needs most}.
@@ -119,20 +108,21 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     for item in items:
         if len(item.question) > most:
             raise UserError(f"a question of {len(item.question):,} tokens is too long; {most} are the most")
-    latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.length.device))
-    needed = needs(wire, latents, items)
     if wire.layout.late:
-        latents = wire.choose(latents, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
+        latents = wire.choose(together, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
+    else:
+        latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.length.device))
+    needed, before = needs(wire, latents, items), documents[0].before
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
         reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
-        before, one = documents[0].before, [layer[b] for layer in needed]
+        share = latents.rows([b]).of_tokens(together.width - before, before, [layer[b] for layer in needed])
         if len(documents) > 1:
-            reply["document"] = printable(documents[int(of_each(documents, before, one).argmax())].title)
+            parts = share.split([document.latents.width - before for document in documents])
+            most_needed = max(range(len(parts)), key=lambda number: parts[number].sum())
+            reply["document"] = printable(documents[most_needed].title)
         elif documents[0].ids is not None:
-            ids = documents[0].ids
-            share = together.of_tokens(len(ids), before, one)
-            at = int(share.argmax())
+            ids, at = documents[0].ids, int(share.argmax())
             reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
         found.append(reply)
     return found

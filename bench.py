@@ -13,7 +13,8 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
     plan     what fits where: memory of a training step, counted without running it, for --lm and for Llama-3.1-8B
     documents  a trained wire's answers from 1, 2 and 4 documents at once: F1, and whether the right one is named
     articles  a trained wire's answers from a text of many paragraphs, each about one of them: F1 by its length, by M
-             and by where the paragraph stands; of --wire tokens --keep all, the reader's of the text itself
+             and by where the paragraph stands; of --wire tokens --keep all or matched, the reader's of the text itself
+             or of what is nearest to the question
     peers    a trained wire beside published methods that keep as much: kvpress beside one of --wire kv, LLMLingua
              beside one of --wire tokens; not in `all`: pip install --no-deps -r requirements-bench.txt
 
@@ -156,10 +157,11 @@ def wire_of_texts(args, text_too=False):
     """The trained wire of --ckpt, whose latents must stand for a text alone; or, text_too, that reads all of it."""
     saved = read_checkpoint(args.ckpt)
     config = saved.config
-    fits = text_too if own_row(config) == "text_lora" else config.wire != "tokens" and config.scope != "prompt"
+    reads = own_row(config) in ("text_lora", "matched_lora")
+    fits = text_too if reads else config.wire != "tokens" and config.scope != "prompt"
     if not fits or args.samples < 4:
         raise UserError("documents and articles need a wire whose latents stand for a text alone, articles that or one "
-                        "of --wire tokens --keep all, and --samples of at least 4; this is --wire "
+                        "of --wire tokens --keep all or matched, and --samples of at least 4; this is --wire "
                         f"{config.wire} --keep {config.keep} --scope {config.scope} with {args.samples}")
     return trained_wire(args, saved)
 
@@ -411,43 +413,55 @@ def as_reader(wire, text):
     return every_place(source.ids != PAD, *wire.read(source, "reader")[2:])
 
 
+def article_answers(wire, text, items):
+    """{column: the answers to items about a text (T,)}: by how many latents there are, or a question sees, or of --wire
+    tokens by what its reader gets."""
+    config, T, questions = wire.config, len(text), [item.example.question for item in items]
+
+    def told(latents, sees=None):
+        document = Document(latents, len(wire.layout.before), "")
+        return [reply["answer"] for reply in replies(wire, [document], latents, questions, sees)]
+    if own_row(config) == "matched_lora":
+        given = [replace(item, context=text) for item in items]
+        tokenizer = wire.prompt.tokenizer
+        return {"nearest": evaluate_row("matched_lora", wire.lm, tokenizer, wire.prompt, given, wire)["answers"]}
+    if config.wire == "tokens":
+        return {"text": told(as_reader(wire, text))}
+    if wire.layout.late:
+        stored = encode(wire, text, wire.stored(T))
+        return {f"{M} seen": told(stored, M) for M in reversed(budgets(config))}
+    return {name: told(encode(wire, text, M)) for name, M in {"T / M = 8": T // 8, "M = 32": 32, "M = T": T}.items()}
+
+
 @torch.no_grad()
 def bench_articles(args):
     """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
     wire, articles, result, rows = wire_of_texts(args, text_too=True), {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
-    if wire.config.wire == "tokens":
-        placed, reads = "text", {"text": partial(as_reader, wire)}
-    else:
-        placed = "T / M = 8"
-        reads = {"M = 32": lambda text: encode(wire, text, 32), placed: lambda text: encode(wire, text, len(text) // 8),
-                 "M = T": lambda text: encode(wire, text, len(text))}
     for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
-        rng, f1, at = random.Random(T), {name: [] for name in reads}, []
+        rng, f1, at = random.Random(T), {}, []
         for title in rng.sample(sorted(articles), len(articles)):
             if len(at) >= args.samples:
                 break
             text, asked = article_text(wire.prompt, articles[title], T)
             if len(text) < T or not asked:
                 continue
-            asked = rng.sample(asked, min(5, len(asked), args.samples - len(at)))
-            at += [place for _, place in asked]
-            for name, read in reads.items():
-                document = Document(read(text), len(wire.layout.before), title)
-                given = replies(wire, [document], document.latents, [item.example.question for item, _ in asked])
-                f1[name] += [f1_score(reply["answer"], item.example.answers)
-                             for reply, (item, _) in zip(given, asked)]
+            items, places = zip(*rng.sample(asked, min(5, len(asked), args.samples - len(at))))
+            at += places
+            for name, answers in article_answers(wire, text, items).items():
+                f1.setdefault(name, []).extend(f1_score(answer, item.example.answers)
+                                               for answer, item in zip(answers, items))
         if not at:
             raise UserError(f"--data {args.data} has no article of {T} tokens that hold a whole paragraph; give other "
                             "--lengths")
         third = np.minimum((3 * np.array(at)).astype(int), 2)
         result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
-                     ", ".join(f"{100 * np.mean(np.array(f1[placed])[third == k]):.0f}" if (third == k).any()
-                               else "-" for k in range(3))])
+                     ", ".join(f"{100 * np.mean(np.array(next(iter(f1.values())))[third == k]):.0f}"
+                               if (third == k).any() else "-" for k in range(3))])
         log(f"articles: {T} tokens done")
-    table(["tokens", "n", *reads, f"{placed}: first, middle, last third"], rows)
+    table(["tokens", "n", *f1, f"{next(iter(f1))}: first, middle, last third"], rows)
     return result
 
 

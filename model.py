@@ -116,6 +116,9 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
+NEARBY = 128  # tokens of a document, those nearest to its words, among which a question chooses
+
+
 def rarity(texts, questions, around, vocabulary):
     """How much a word of a question says about the place of its answer: the log of how much rarer than 1 in 100 it is
     among the tokens of all texts and questions, and 0 for commoner ones: (V,) float32. "who" is rare in texts and yet
@@ -134,21 +137,18 @@ def places(score):
 
 
 @torch.no_grad()
-def nearness(lm, items, rarity):
-    """Which share of its question's words stands near each token of an item's context, 0 to 1: a list of (T,)
-    tensors. Two words are as alike as the squared cosine of their input embeddings; a word counts more the rarer it
-    is, in general (rarity (V,)) and in this text; near fades out over 32 tokens."""
-    device = lm.get_input_embeddings().weight.device
-    question = pad([item.question for item in items], PAD).to(device)
-    context = pad([item.context for item in items], PAD).to(device)
+def nearness(lm, question, context, rarity):
+    """Which share of its question's words stands near each token of a context, 0 to 1: (B, T). question (B, Q), context
+    (B, T), or (1, T) where all are about one: token ids, PAD right, 0 there. Two words are as alike as the squared cosine of
+    their input embeddings; a word counts more the rarer it is, in general (rarity (V,)) and in this text; near fades
+    out over 32 tokens."""
     unit = lambda ids: F.normalize(embed(lm, ids).float(), dim=-1)
-    text = (context != PAD)[:, None]                                              # (B, 1, T)
+    text = (context != PAD)[:, None]                                              # (B or 1, 1, T)
     alike = (unit(question) @ unit(context).transpose(1, 2)).clamp(min=0) ** 2 * text  # (B, Q, T)
     mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not, so
     near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
-    weight = rarity.to(device)[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
-    found = ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near).squeeze(1)
-    return [row[:len(item.context)] for row, item in zip(found, items)]
+    weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
+    return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,6 +219,7 @@ class Latents:
     prefix: object = None
     need: list = None  # (B, heads, N) a layer: how much a head needs each place anyway; where a question chooses later
     width: int = 0     # how many places the document has, latents or not: kept counts up to there
+    ids: object = None  # (B, width) the token at each; PAD right: where a question chooses later
 
     def of_tokens(self, T, before, weights=None):
         """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
@@ -411,7 +412,9 @@ class LatentWire(nn.Module):
             return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
         keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
-        latents = replace(text, length=source.length, held=held, keys=keys, need=need if layout.late else None)
+        latents = replace(text, length=source.length, held=held, keys=keys)
+        if layout.late:
+            latents = replace(latents, need=need, ids=source.ids)
         return latents.packed([source.most] * len(keys)) if each else latents
 
     def needed(self, source, text):
@@ -442,9 +445,23 @@ class LatentWire(nn.Module):
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
+    def nearby(self, latents, asks):
+        """Of Latents (of B documents, or of one that all B questions are on) what comes from the NEARBY tokens nearest
+        to each question's words: in a long text the LM does not find by itself where to look. asks: see `choose`."""
+        H, B, real = len(self.layout.before), len(asks), asks != PAD
+        end = len(self.prompt.post) + len(self.prompt.anchor)
+        words = asks.masked_fill(real.flip(1).cumsum(1).flip(1) <= end, PAD)
+        stays = places(nearness(self.lm, words, latents.ids[:, H:], self.rarity)) < NEARBY
+        stays = F.pad(stays, (H, 0), value=True)[:, None]                         # (B, 1, width)
+        held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept.expand(B, -1, -1))
+                for there, kept in zip(latents.held, latents.kept)]
+        latents = replace(latents, length=latents.length.expand(B), held=held, ids=latents.ids.expand(B, -1))
+        return latents.packed([min(there.shape[-1], H + NEARBY) for there in held])
+
     def choose(self, latents, asks, M=None):
-        """Of Latents the M (default: what the wire was trained for) that a question sees, by asks (B, S), token ids
-        with PAD right: the late choice of scope asked."""
+        """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
+        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked."""
+        latents = self.nearby(latents, asks)
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
         need = near(latents.need, self.looked_at(latents, asks), latents.kept)
         return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
@@ -456,7 +473,8 @@ class LatentWire(nn.Module):
         latents = self.encode(batch.source)
         if batch.document is None:
             return latents
-        return self.choose(latents.rows(batch.document), batch.asks, batch.sees)
+        alone = len(batch.source.ids) == 1  # then no row needs a copy of all of it
+        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.

@@ -150,8 +150,10 @@ def kept_tokens(keep, lm, prompt, items, counts, rare=None):
                 for item, count in zip(items, counts)]
     if keep == "selective":
         return most_surprising(lm, prompt, [item.context for item in items], counts)
-    near = [row.cpu() for row in nearness(lm, items, rare)]
-    return [item.context[(places(row[None])[0] < count).numpy()] for item, row, count in zip(items, near, counts)]
+    question, context = (pad([getattr(item, name) for item in items], PAD).to(lm.device) for name in (
+        "question", "context"))
+    place = places(nearness(lm, question, context, rare.to(lm.device))).cpu().numpy()
+    return [item.context[row[:len(item.context)] < count] for item, row, count in zip(items, place, counts)]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -116,14 +117,16 @@ def encode(wire, text, count, each=False):
     """The Latents of a text (T,) of any length, chunk by chunk: time is linear in the text, memory that of a chunk.
     each: every head holds as many, as the caches of other programs want it."""
     from tqdm import tqdm
-    parts, upto = [], 0
+    parts, upto, before = [], 0, wire.layout.before
     read = [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
     for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
         part, gap = wire.encode(source, each).packed(), begin - upto  # between them what got no latent
-        parts.append(replace(part, kept=[kept + gap for kept in part.kept], width=part.width + gap))
+        parts.append(replace(part, kept=[kept + gap for kept in part.kept], width=part.width + gap, ids=None))
         upto = end
-    return join(wire, parts).packed() if len(parts) > 1 else parts[0]
+    latents = join(wire, parts).packed() if len(parts) > 1 else parts[0]
+    ids = torch.from_numpy(np.concatenate([before, text]))[None].long().to(wire.lm.device)
+    return replace(latents, width=ids.shape[1], ids=ids if wire.layout.late else None)
 
 
 def join(wire, parts):
@@ -133,7 +136,7 @@ def join(wire, parts):
         return parts[0]
     H, at, turned = len(wire.layout.before), 0, []
     begins = [0, *itertools.accumulate(part.width - H for part in parts)]
-    parts = [replace(part, kept=part.kept and [kept + begin for kept in part.kept])
+    parts = [replace(part, kept=[kept + begin for kept in part.kept])
              for part, begin in zip(parts, begins)]
     for part in parts:
         if part.keys is not None:
@@ -155,22 +158,24 @@ def join(wire, parts):
     if not turned:
         prefix = torch.cat([part.prefix for part in parts], 1)
         return Latents(length, of("held"), of("kept"), prefix=prefix, width=begins[-1] + H)
+    ids = [part.ids[:, H if number else 0:] for number, part in enumerate(parts) if part.ids is not None]
     return Latents(length, of("held"), of("kept"), beside(turned), of("values"), need=of("need"),
-                   width=begins[-1] + H)
+                   width=begins[-1] + H, ids=torch.cat(ids, 1) if ids else None)
 
 
 # A document's file is safetensors:
 #                keys, values     (P, d_head) of a kv wire: those of the first layer's first head, the text before in
 #                                 front of the latents, then the next head's, and
 #                places           (layers, heads) how many each has, P in all; in scope asked also
-#                need             (P,) how much each head needs each, float16 (float32 beside fp32), and
-#                kept             (P,) which of the document's places each is; or
+#                need             (P,) how much each head needs each, float16 (float32 beside fp32),
+#                kept             (P,) which of the document's places each is, and
+#                ids              (width,) the token at each place, by which a question finds those near; or
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
 # its metadata:  format, kind, how many places are `before` and how many the document has, latents or not (width),
 #                SHA-256 of the checkpoint's weights, identity of the LM, title, SHA-256 of the source and of the rest
 
-DOCUMENT = "latentwire 5"
+DOCUMENT = "latentwire 6"
 
 
 def save_document(path, document, kind, saved, identity, source):
@@ -187,7 +192,7 @@ def save_document(path, document, kind, saved, identity, source):
         parts = {"keys": flat(latents.keys), "values": flat(latents.values)}
         if latents.need:
             tensors["need"] = flat(latents.need).to("cpu", torch.float32 if kind == "fp32" else torch.float16)
-            tensors["kept"] = flat(latents.kept).to("cpu", torch.int32)
+            tensors |= {"kept": flat(latents.kept).to("cpu", torch.int32), "ids": latents.ids[0].to("cpu", torch.int32)}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
@@ -235,16 +240,20 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     if "prefix" in tensors:
         prefix = part("prefix")[None]
         held = torch.ones(1, 1, before + prefix.shape[1], dtype=torch.bool, device=device)
-        return Document(Latents(held.sum(-1)[0], [held], None, prefix=prefix, width=width), before, about["title"])
+        kept = torch.arange(held.shape[-1], device=device)[None, None]
+        return Document(Latents(held.sum(-1)[0], [held], [kept], prefix=prefix, width=width), before, about["title"])
     places = tensors["places"]
     each, widths = places.flatten().tolist(), places.amax(1).tolist()
     layers = lambda flat: [side[None, :, :n] for side, n in zip(
         pad_sequence(flat.split(each), True).unflatten(0, places.shape), widths)]
     held = [torch.arange(n, device=device) < there[None, :, None].to(device) for there, n in zip(places, widths)]
     length = torch.tensor([round(sum(each) / len(each))], device=device)
-    need, kept = (layers(tensors[name].to(device, kind)) if name in tensors else None
-                  for name, kind in (("need", torch.float32), ("kept", torch.long)))
-    latents = Latents(length, held, kept, layers(part("keys")), layers(part("values")), need=need, width=width)
+    need = layers(tensors["need"].to(device)) if "need" in tensors else None
+    # Else no more is known than that they are of this document: some of its places will do.
+    kept = (layers(tensors["kept"].to(device, torch.long)) if "kept" in tensors else
+            [torch.arange(n, device=device)[None, None] for n in widths])
+    ids = tensors["ids"][None].to(device, torch.long) if "ids" in tensors else None
+    latents = Latents(length, held, kept, layers(part("keys")), layers(part("values")), None, need, width, ids)
     return Document(latents, before, about["title"])
 
 

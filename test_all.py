@@ -49,6 +49,7 @@ import data
 import eval as evaluation
 import gpu
 import lm as lm_module
+import model
 import report
 import results
 import rows
@@ -875,6 +876,30 @@ def test_a_question_sees_what_is_needed_near_what_it_looks_at(tiny, ratio):
                 assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_question_finds_its_place_in_a_long_document(tiny):
+    """It chooses among what comes from the 128 tokens nearest to its words, of one document for all or of its own."""
+    wire, prompt, _ = make_wire(tiny, scope="asked", max_prompt_tokens=400)
+    words = np.random.default_rng(0).permutation(np.arange(1000, 9000)).astype(np.int32)
+    wire.rarity.fill_(1.0)[torch.from_numpy(prompt.around).long()] = 0
+    text, other, end = words[:600], words[600:800], np.concatenate([prompt.post, prompt.anchor])
+    asks = [np.concatenate([words[[at, at + 1]], end]) for at in (450, 100)]
+    one = encode(wire, text, wire.stored(len(text), None, 2.0))
+    assert one.ids[0, 2:].tolist() == text.tolist() and one.width == 602 and one.ids.shape == (1, 602)
+    chosen = wire.choose(one, data.pad(asks, data.PAD), 9)
+    assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] <= 130
+    for b, at in enumerate((450, 100)):
+        ids = torch.from_numpy(text)[None].long()
+        close, = highest(nearness(wire.lm, ids[:, at:at + 2], ids, wire.rarity), 128)
+        seen = chosen.rows([b]).of_tokens(600, 2).nonzero()[:, 0].tolist()
+        assert {at, at + 1} < {*close} and {*seen} <= {*close} and len(seen) > 9
+    both = wire.encode(wire.source([other, text[:300]], [200, 300]))
+    again = wire.choose(both.rows([1]), data.pad(asks[1:], data.PAD), 9)
+    among = wire.choose(both, data.pad([words[[700, 701]], asks[1]], data.PAD), 9).rows([1])
+    whole = wire.choose(both.rows([1, 1]), data.pad([asks[1]] * 2, data.PAD), 9).rows([1])
+    assert all(torch.equal(x.of_tokens(300, 2), again.of_tokens(300, 2)) for x in (among, whole))
+
+
 def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
     lm, tokenizer = load_lm(tiny, device="cpu")
     words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
@@ -889,8 +914,10 @@ def test_a_word_tells_a_place_where_it_is_rare_and_near():
     assert got[[7, 8, 5, 1001]].tolist() == pytest.approx([0, 0] + [math.log(0.01 / (n / 1004 + 1e-5)) for n in (1, 2)])
     lm = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding.from_pretrained(torch.eye(40)))
     texts = [[1] * 99 + [7], [8, 2] * 25 + [7] + [8, 2] * 24 + [8]]
-    items = [Item(None, np.array(text), np.array([7, 8]), None) for text in texts]
-    one, two = nearness(lm, items, torch.ones(40))
+    words = torch.tensor([[7, 8]])
+    one, two = (nearness(lm, words, torch.tensor([text]), torch.ones(40))[0] for text in texts)
+    batch = nearness(lm, words.expand(2, -1), data.pad([texts[0], texts[1] * 2], data.PAD), torch.ones(40))
+    assert torch.allclose(batch[0, :100], one) and not batch[0, 100:].any() and batch[1, 100:].any()
     assert one[-1].item() == pytest.approx(0.5) and one[:58].max() == 0  # one of two words; 8 is not in this text
     assert two[50].item() == pytest.approx(1.0, abs=0.05) and two[0].item() == pytest.approx(1 / 51, abs=0.01)
 
@@ -998,7 +1025,8 @@ def test_what_each_row_reads(tiny, monkeypatch):
     anchor, asked = prompt.anchor.tolist(), items[0].question.tolist() + prompt.anchor.tolist()
     highest = lambda score: [context[t] for t in sorted(np.argsort(-score, kind="stable")[:M])]
     logits = wire.lm(torch.tensor([head + context])).logits[0, 1:-1].log_softmax(-1)  # a token by what stands before it
-    picked = {"truncated": context[:M], "matched": highest(nearness(wire.lm, items[:1], wire.rarity)[0].numpy()),
+    picked = {"truncated": context[:M], "matched": highest(nearness(wire.lm, *(torch.from_numpy(ids)[None].long() for ids in (
+        items[0].question, items[0].context)), wire.rarity)[0].numpy()),
               "selective": highest(-logits[range(len(context)), context].numpy())}
     rows = {keep: head + picked[keep] + asked for keep in picked} | {
         "text": head + context + asked[:-len(anchor)], "anchor": head + context + asked, "question_only": asked,
@@ -1975,9 +2003,10 @@ def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
                                                   r"([\d,]+) bytes of latents in fp32", err).groups()
     assert out == ask.printable(told.answers[0]) + "\n" and int(text) == len(SHORT)
     assert ratio == f"{int(tokens) / int(latents):.1f}"
-    sizes = {name: x.numel() * 4 for name, x in load_file(doc).items()}  # nothing of the text
-    assert int(size.replace(",", "")) == sum(sizes.values()) - sizes.get("places", 0) and sizes.get("places", 0) <= 32
-    assert ("need" in sizes) == (changes.get("scope") == "asked")
+    sizes = {name: x.numel() * 4 for name, x in load_file(doc).items()}  # its tokens alone for asked
+    aside = [sizes.pop(name, 0) for name in ("places", "ids")]
+    assert int(size.replace(",", "")) == sum(sizes.values()) and aside[0] <= 32
+    assert ("need" in sizes) == (aside[1] == 4 * (2 + int(tokens))) == (changes.get("scope") == "asked")
     ask_with(ckpt, "--load", doc, "--question", ASKED)
     assert capsys.readouterr().out == out
     ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", tmp_path / "small", "--format", "int4")
@@ -2034,9 +2063,9 @@ def test_documents_of_which_a_head_holds_more_than_another(files, tmp_path):
     """Joined from files: what each head held, one behind the other, packed or not; and whose an answer needs."""
     ckpt, wire = files()
     H, item, documents = len(wire.layout.before), item_of(wire), []
-    for text in (SHORT, TEXT[300:900]):
-        (tmp_path / "text.txt").write_text(text)
-        ask_with(ckpt, "--context", tmp_path / "text.txt", "--save", tmp_path / "doc", "--format", "fp32")
+    for number, text in enumerate((SHORT, TEXT[300:900])):
+        (tmp_path / f"{number}.txt").write_text(text)
+        ask_with(ckpt, "--context", tmp_path / f"{number}.txt", "--save", tmp_path / "doc", "--format", "fp32")
         documents.append(load_document(tmp_path / "doc"))
     parts = [document.latents for document in documents]
     together = join(wire, parts)
@@ -2053,9 +2082,8 @@ def test_documents_of_which_a_head_holds_more_than_another(files, tmp_path):
     assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
     for number in (0, 1):  # a value of length 0 is not needed
         silent = [replace(part, values=[v * (n != number) for v in part.values]) for n, part in enumerate(parts)]
-        needed = [layer[0] for layer in ask.needs(wire, join(wire, silent), [item])]
-        share = ask.of_each(documents, H, needed)
-        assert share[number] == 0 < share[1 - number]
+        reply, = ask.replies(wire, documents, join(wire, silent), [ASKED])
+        assert reply["document"] == str(1 - number)
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
@@ -2070,7 +2098,8 @@ def test_several_documents_stand_behind_each_other(files, tmp_path, capsys, monk
         ask_with(ckpt, "--context", name.with_suffix(".txt"), "--save", name, "--format", "fp32")
     documents = [load_document(name) for name in names]
     capsys.readouterr()
-    ask_with(ckpt, "--load", *names, "--question", ASKED)
+    monkeypatch.setattr(model, "NEARBY", 10 ** 6)
+    ask_with(ckpt, "--load", *names, "--question", ASKED, *(["--latents", 10 ** 6] if "scope" in changes else []))
     title = re.fullmatch(r"(?s).*   \[(part\d)\]\n", capsys.readouterr().out)[1]
 
     parts, H, item = [document.latents for document in documents], len(wire.layout.before), item_of(wire)
@@ -2553,6 +2582,24 @@ def test_a_reader_answers_the_same_from_a_text_that_it_has_read_once(tiny):
         document = bench.Document(latents, len(wire.layout.before), "")
         assert bench.replies(wire, [document], latents, [item.example.question])[0]["answer"] == answer
     assert len({*row}) > 1
+
+
+@torch.no_grad()
+def test_what_answers_about_an_article_read(tiny):
+    """Of the same text: each number of latents that a question sees, or the tokens nearest to its words."""
+    def answered(**changes):
+        wire, prompt, items = make_wire(tiny, **changes)
+        return wire, items[:3], bench.article_answers(wire, items[0].context, items[:3])
+    wire, items, told = answered(scope="asked", latents="4,9", ratio=2.0)
+    assert list(told) == ["9 seen", "4 seen"]
+    for column, answers in told.items():
+        row = f"latent@{column.split()[0]}"
+        assert evaluate_row(row, wire.lm, wire.prompt.tokenizer, wire.prompt, items, wire)["answers"] == answers
+    assert [list(answered(**changes)[2]) for changes in (dict(), dict(wire="tokens", keep="all"))] == [
+        ["T / M = 8", "M = 32", "M = T"], ["text"]]
+    wire, items, told = answered(wire="tokens", keep="matched")
+    row = evaluate_row("matched_lora", wire.lm, wire.prompt.tokenizer, wire.prompt, items, wire)["answers"]
+    assert told == {"nearest": row}
 
 
 def test_bytes_are_counted_while_they_are_held():
