@@ -116,7 +116,7 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
-NEARBY = 128  # tokens of a document, those nearest to its words, among which a question chooses
+NEARBY, LONG = 128, 512  # of a document of more than LONG tokens a question chooses among the NEARBY nearest to its words
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -446,17 +446,21 @@ class LatentWire(nn.Module):
         return found
 
     def nearby(self, latents, asks):
-        """Of Latents (of B documents, or of one that all B questions are on) what comes from the NEARBY tokens nearest
-        to each question's words: in a long text the LM does not find by itself where to look. asks: see `choose`."""
+        """Of Latents (of B documents, or of one that all B questions are on) those that a question chooses among: of a
+        long document what comes from the tokens nearest to its words, for there the LM does not find by itself where
+        to look. asks: see `choose`."""
         H, B, real = len(self.layout.before), len(asks), asks != PAD
-        end = len(self.prompt.post) + len(self.prompt.anchor)
+        if latents.width - H <= LONG:
+            return latents if len(latents.length) == B else latents.rows(torch.zeros(B, device=asks.device).long())
+        text, end = latents.ids[:, H:], len(self.prompt.post) + len(self.prompt.anchor)
         words = asks.masked_fill(real.flip(1).cumsum(1).flip(1) <= end, PAD)
-        stays = places(nearness(self.lm, words, latents.ids[:, H:], self.rarity)) < NEARBY
-        stays = F.pad(stays, (H, 0), value=True)[:, None]                         # (B, 1, width)
+        most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
+        stays = F.pad(places(nearness(self.lm, words, text, self.rarity)) < most, (H, 0), value=True)[:, None]
         held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept.expand(B, -1, -1))
                 for there, kept in zip(latents.held, latents.kept)]
         latents = replace(latents, length=latents.length.expand(B), held=held, ids=latents.ids.expand(B, -1))
-        return latents.packed([min(there.shape[-1], H + NEARBY) for there in held])
+        wide = NEARBY if len(text) == 1 else LONG  # of several documents one may be short
+        return latents.packed([min(there.shape[-1], H + wide) for there in held])
 
     def choose(self, latents, asks, M=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
