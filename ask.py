@@ -121,8 +121,8 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
             parts = share.split([document.latents.width - before for document in documents])
             most_needed = max(range(len(parts)), key=lambda number: parts[number].sum())
             reply["document"] = printable(documents[most_needed].title)
-        elif documents[0].ids is not None:
-            ids, at = documents[0].ids, int(share.argmax())
+        elif together.ids is not None:
+            ids, at = together.ids[0, before:], int(share.argmax())
             reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
         found.append(reply)
     return found
@@ -131,12 +131,13 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
 # ------------------------------------------------------------------------------------------------
 # Inspection
 
-def inspect(wire, document, latents, question, args):
-    """Print which tokens of a document (of Latents) are kept, and which of them the answer to a question rests on."""
+def inspect(wire, latents, question, args):
+    """Print which tokens of a document (its Latents) are kept, and which of them the answer to a question rests on."""
     item, = wire.prompt.items([Example("", "", question, ("",))])
     if wire.layout.late:
         latents = wire.choose(latents, pad([wire.layout.after(item)], PAD).to(wire.lm.device), args.latents)
-    ids, before = document.ids, document.before
+    before = len(wire.layout.before)
+    ids = latents.ids[0, before:]
     words = [printable(wire.prompt.tokenizer.decode([token])) for token in ids]
     often = latents.of_tokens(len(ids), before)
     print(f"{len(ids)} tokens, marked \u00b7 + * # by how often one is kept:\n")
@@ -190,7 +191,7 @@ def read_document(args, wire, saved):
     config, before, began = wire.config, len(wire.layout.before), time.perf_counter()
     ids = wire.prompt.items([Example("", text, "", ("",))])[0].context
     T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
-    document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem, ids)
+    document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem)
     places = int(document.latents.length) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = stored_bytes(wire.lm, config, places, args.format)
     log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
@@ -241,7 +242,7 @@ def main(args):
         export(args.export, wire, together)
         log(f"written to {args.export}; its README.md says how other programs read it")
     if together and args.inspect:
-        return inspect(wire, documents[0], together, whole(args.question), args)
+        return inspect(wire, together, whole(args.question), args)
     if together and (args.question is not None or args.questions):
         questions = [args.question] if args.question is not None else [
             line.strip() for line in read_text("--questions", args.questions).split("\n") if line.strip()]

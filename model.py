@@ -219,7 +219,7 @@ class Latents:
     prefix: object = None
     need: list = None  # (B, heads, N) a layer: how much a head needs each place anyway; where a question chooses later
     width: int = 0     # how many places the document has, latents or not: kept counts up to there
-    ids: object = None  # (B, width) the token at each; PAD right: where a question chooses later
+    ids: object = None  # (B, width) the token at each, PAD right; None of what a file without them was read from
 
     def of_tokens(self, T, before, weights=None):
         """(T,) shares of one document's latents by the token of its text that each is: of their number, or of weights
@@ -412,9 +412,8 @@ class LatentWire(nn.Module):
             return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
         keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
-        latents = replace(text, length=source.length, held=held, keys=keys)
-        if layout.late:
-            latents = replace(latents, need=need, ids=source.ids)
+        latents = replace(text, length=source.length, held=held, keys=keys, need=need if layout.late else None,
+                          ids=source.ids)
         return latents.packed([source.most] * len(keys)) if each else latents
 
     def needed(self, source, text):

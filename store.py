@@ -96,12 +96,11 @@ def stored_bytes(lm, config, places, kind):
 
 @dataclass
 class Document:
-    """A text as latents: Latents of one row, how many of their places are the text before, its title (of the file),
-    and, where the text itself is there, its token ids (T,)."""
+    """A text as latents: Latents of one row, how many of their places are the text before, and its title (of the
+    file)."""
     latents: Latents
     before: int
     title: str
-    ids: object = None
 
 
 def divide(length, count, chunk):
@@ -126,7 +125,7 @@ def encode(wire, text, count, each=False):
         upto = end
     latents = join(wire, parts).packed() if len(parts) > 1 else parts[0]
     ids = torch.from_numpy(np.concatenate([before, text]))[None].long().to(wire.lm.device)
-    return replace(latents, width=ids.shape[1], ids=ids if wire.layout.late else None)
+    return replace(latents, width=ids.shape[1], ids=ids)
 
 
 def join(wire, parts):
@@ -155,12 +154,11 @@ def join(wire, parts):
             found.append(torch.cat([y.expand(-1, heads, *y.shape[2:]) for y in new], 2))
         return found
     of = lambda name: beside([getattr(part, name) for part in parts])
-    if not turned:
-        prefix = torch.cat([part.prefix for part in parts], 1)
-        return Latents(length, of("held"), of("kept"), prefix=prefix, width=begins[-1] + H)
     ids = [part.ids[:, H if number else 0:] for number, part in enumerate(parts) if part.ids is not None]
-    return Latents(length, of("held"), of("kept"), beside(turned), of("values"), need=of("need"),
-                   width=begins[-1] + H, ids=torch.cat(ids, 1) if ids else None)
+    latents = Latents(length, of("held"), of("kept"), width=begins[-1] + H, ids=torch.cat(ids, 1) if ids else None)
+    if not turned:
+        return replace(latents, prefix=torch.cat([part.prefix for part in parts], 1))
+    return replace(latents, keys=beside(turned), values=of("values"), need=of("need"))
 
 
 # A document's file is safetensors:
