@@ -116,7 +116,7 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
         reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
-        share = latents.rows([b]).of_tokens(together.width - before, before, [layer[b] for layer in needed])
+        share = latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before, [layer[b] for layer in needed])
         if len(documents) > 1:
             parts = share.split([document.latents.width - before for document in documents])
             most_needed = max(range(len(parts)), key=lambda number: parts[number].sum())

@@ -423,8 +423,8 @@ def article_answers(wire, text, items):
         return [reply["answer"] for reply in replies(wire, [document], latents, questions, sees)]
     if own_row(config) == "matched_lora":
         given = [replace(item, context=text) for item in items]
-        tokenizer = wire.prompt.tokenizer
-        return {"nearest": evaluate_row("matched_lora", wire.lm, tokenizer, wire.prompt, given, wire)["answers"]}
+        found = evaluate_row("matched_lora", wire.lm, wire.prompt.tokenizer, wire.prompt, given, wire)
+        return {"nearest": found["answers"]}
     if config.wire == "tokens":
         return {"text": told(as_reader(wire, text))}
     if wire.layout.late:
@@ -455,13 +455,13 @@ def bench_articles(args):
         if not at:
             raise UserError(f"--data {args.data} has no article of {T} tokens that hold a whole paragraph; give other "
                             "--lengths")
-        third = np.minimum((3 * np.array(at)).astype(int), 2)
+        third, first = np.minimum((3 * np.array(at)).astype(int), 2), next(iter(f1))
         result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
-                     ", ".join(f"{100 * np.mean(np.array(next(iter(f1.values())))[third == k]):.0f}"
-                               if (third == k).any() else "-" for k in range(3))])
+                     ", ".join(f"{100 * np.mean(np.array(f1[first])[third == k]):.0f}" if (third == k).any()
+                               else "-" for k in range(3))])
         log(f"articles: {T} tokens done")
-    table(["tokens", "n", *f1, f"{next(iter(f1))}: first, middle, last third"], rows)
+    table(["tokens", "n", *f1, f"{first}: first, middle, last third"], rows)
     return result
 
 

@@ -326,7 +326,7 @@ class Prompt:
             self.mark, self.skip = "\n", len(start)
         self.anchor, self.repeat, self.cue, *around = self.tokenize(["Answer:", "\nRepeat:", "\nContinue:",
                                                                      "\nQuestion:", "\n"])
-        self.around = np.concatenate(around)  # every question
+        self.around = np.concatenate([*around, self.post, self.anchor, self.cue])  # every question
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 

@@ -25,7 +25,8 @@ Words, one meaning each:
                    rest. Its keys and values come with the latents of a kv wire and do not count as latents
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
-                   alone: a document is stored at --ratio, and of it a question sees M
+                   alone: a document is stored at --ratio, and of it a question sees M, of a long one M of those that
+                   stand near its words (`nearby`)
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
@@ -116,7 +117,7 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
-NEARBY, LONG = 128, 512  # of a document of more than LONG tokens a question chooses among the NEARBY nearest to its words
+NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -138,13 +139,13 @@ def places(score):
 
 @torch.no_grad()
 def nearness(lm, question, context, rarity):
-    """Which share of its question's words stands near each token of a context, 0 to 1: (B, T). question (B, Q), context
-    (B, T), or (1, T) where all are about one: token ids, PAD right, 0 there. Two words are as alike as the squared cosine of
-    their input embeddings; a word counts more the rarer it is, in general (rarity (V,)) and in this text; near fades
-    out over 32 tokens."""
+    """Which share of its question's words stands near each token of a context, 0 to 1: (B, T), 0 where there is none.
+    question (B, Q), context (B, T), or (1, T) where all are about one: token ids, PAD right. Two words are as alike as
+    the squared cosine of their input embeddings; a word counts more the rarer it is, in general (rarity (V,)) and in
+    this text; near fades out over 32 tokens."""
     unit = lambda ids: F.normalize(embed(lm, ids).float(), dim=-1)
     text = (context != PAD)[:, None]                                              # (B or 1, 1, T)
-    alike = (unit(question) @ unit(context).transpose(1, 2)).clamp(min=0) ** 2 * text  # (B, Q, T)
+    alike = (unit(question) @ unit(context).mT).clamp(min=0) ** 2 * text          # (B, Q, T)
     mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not, so
     near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
     weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
@@ -286,7 +287,7 @@ class LatentWire(nn.Module):
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         self.register_buffer("predictor", None)  # (L, heads, F), once it is fitted
-        self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0]))
+        self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0], device=device))
         if config.wire == "embeds":
             with torch.no_grad():  # of what the module returns: Gemma scales in it
                 some = embed(lm, torch.arange(min(4096, lm.config.vocab_size), device=device))
@@ -402,7 +403,7 @@ class LatentWire(nn.Module):
         need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
         if not source.whole:
             if source.asks is not None:
-                need = near(need, self.looked_at(text, source.asks), text.kept)
+                need = for_question(need, self.looked_at(text, source.asks), text.kept)
             held = best(need, held, H, count, each)
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
@@ -445,28 +446,28 @@ class LatentWire(nn.Module):
         return found
 
     def nearby(self, latents, asks):
-        """Of Latents (of B documents, or of one that all B questions are on) those that a question chooses among: of a
-        long document what comes from the tokens nearest to its words, for there the LM does not find by itself where
-        to look. asks: see `choose`."""
-        H, B, real = len(self.layout.before), len(asks), asks != PAD
+        """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
+        a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
+        distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
+        H, B, device = len(self.layout.before), len(asks), asks.device
         if latents.width - H <= LONG:
-            return latents if len(latents.length) == B else latents.rows(torch.zeros(B, device=asks.device).long())
-        text, end = latents.ids[:, H:], len(self.prompt.post) + len(self.prompt.anchor)
-        words = asks.masked_fill(real.flip(1).cumsum(1).flip(1) <= end, PAD)
+            return latents if len(latents.length) == B else latents.rows(torch.zeros(B, device=device).long())
+        text, around = latents.ids[:, H:], torch.from_numpy(self.prompt.around).long().to(device)
+        near = nearness(self.lm, asks.masked_fill(torch.isin(asks, around), PAD), text, self.rarity)
         most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
-        stays = F.pad(places(nearness(self.lm, words, text, self.rarity)) < most, (H, 0), value=True)[:, None]
+        stays = F.pad(places(near) < most, (H, 0), value=True)[:, None]          # (B, 1, width)
         held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept.expand(B, -1, -1))
                 for there, kept in zip(latents.held, latents.kept)]
         latents = replace(latents, length=latents.length.expand(B), held=held, ids=latents.ids.expand(B, -1))
-        wide = NEARBY if len(text) == 1 else LONG  # of several documents one may be short
-        return latents.packed([min(there.shape[-1], H + wide) for there in held])
+        wide = H + (NEARBY if len(text) == 1 else LONG)  # in training no GPU is asked; of several one may be short
+        return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
 
     def choose(self, latents, asks, M=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
         for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked."""
         latents = self.nearby(latents, asks)
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
-        need = near(latents.need, self.looked_at(latents, asks), latents.kept)
+        need = for_question(latents.need, self.looked_at(latents, asks), latents.kept)
         return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
 
     def latents(self, batch):
@@ -533,7 +534,7 @@ def budget(length, M, ratio=None):
     return min(math.ceil(length / ratio) if ratio else M, length)
 
 
-def near(need, looked, kept):
+def for_question(need, looked, kept):
     """How much each head needs each place for a question: need, (B, heads, N) a layer, times how much it looks there,
     looked (B, 1, width) at the places kept. A head needs many or few whatever is asked, and the question says where."""
     return [score * looked.expand(-1, score.shape[1], -1).gather(2, which.expand_as(score))

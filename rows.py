@@ -239,7 +239,10 @@ def read_latents(row, wire, items, others, M, ratio, form):
         rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
                 for n, item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
-    seen = sum(min(n, M or max(budgets(wire.config))) if layout.late else n for n in counts)
+    seen = sum(counts)
+    if layout.late:  # a head's share, the text before aside
+        heads = [layer.expand(-1, wire.lm.config.num_key_value_heads, -1).sum().item() for layer in latents.held]
+        seen = sum(heads) / len(heads) / wire.lm.config.num_key_value_heads - len(layout.before) * len(items)
     done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
     return latents, [layout.after(item) for item in items], done
 

@@ -121,7 +121,8 @@ def encode(wire, text, count, each=False):
     for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
         part, gap = wire.encode(source, each).packed(), begin - upto  # between them what got no latent
-        parts.append(replace(part, kept=[kept + gap for kept in part.kept], width=part.width + gap, ids=None))
+        kept = [torch.where(kept < len(before), kept, kept + gap) for kept in part.kept]
+        parts.append(replace(part, kept=kept, width=part.width + gap, ids=None))
         upto = end
     latents = join(wire, parts).packed() if len(parts) > 1 else parts[0]
     ids = torch.from_numpy(np.concatenate([before, text]))[None].long().to(wire.lm.device)

@@ -887,12 +887,19 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     one = encode(wire, text, wire.stored(len(text), None, 2.0))
     assert one.ids[0, 2:].tolist() == text.tolist() and one.width == 602 and one.ids.shape == (1, 602)
     chosen = wire.choose(one, data.pad(asks, data.PAD), 9)
-    assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] == 130
+    assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] < 130
+    assert wire.train().choose(one, data.pad(asks, data.PAD), 9).keys[0].shape[2] == 130  # no GPU is asked
+    wire.eval()
     for b, at in enumerate((450, 100)):
         ids = torch.from_numpy(text)[None].long()
         close, = highest(nearness(wire.lm, ids[:, at:at + 2], ids, wire.rarity), 128)
         seen = chosen.rows([b]).of_tokens(600, 2).nonzero()[:, 0].tolist()
         assert {at, at + 1} < {*close} and {*seen} <= {*close} and len(seen) > 9
+    words_ = np.concatenate([prompt.cue, words[[100, 101]]])  # a continuation; the prompt's own words tell nothing
+    again = wire.choose(one, data.pad([words_], data.PAD), 9).rows([0])
+    assert {*again.of_tokens(600, 2).nonzero()[:, 0].tolist()} <= {*close}
+    part = wire.choose(encode(wire, text, 1), data.pad(asks, data.PAD), 9)  # the first of two chunks got no latent
+    assert all((held & (kept < 2)).sum(-1).eq(2).all() for held, kept in zip(part.held, part.kept))
     both = wire.encode(wire.source([short, text], [200, 600]))  # of the short one among all
     ask_ = data.pad([words[[600, 601]], asks[1]], data.PAD)
     among, copies = wire.choose(both, ask_, 9), wire.choose(both.rows([1, 1]), data.pad([asks[1]] * 2, data.PAD), 9)
@@ -1026,8 +1033,9 @@ def test_what_each_row_reads(tiny, monkeypatch):
     anchor, asked = prompt.anchor.tolist(), items[0].question.tolist() + prompt.anchor.tolist()
     highest = lambda score: [context[t] for t in sorted(np.argsort(-score, kind="stable")[:M])]
     logits = wire.lm(torch.tensor([head + context])).logits[0, 1:-1].log_softmax(-1)  # a token by what stands before it
-    picked = {"truncated": context[:M], "matched": highest(nearness(wire.lm, *(torch.from_numpy(ids)[None].long() for ids in (
-        items[0].question, items[0].context)), wire.rarity)[0].numpy()),
+    given = (torch.from_numpy(ids)[None].long() for ids in (items[0].question, items[0].context))
+    near = nearness(wire.lm, *given, wire.rarity)[0].numpy()
+    picked = {"truncated": context[:M], "matched": highest(near),
               "selective": highest(-logits[range(len(context)), context].numpy())}
     rows = {keep: head + picked[keep] + asked for keep in picked} | {
         "text": head + context + asked[:-len(anchor)], "anchor": head + context + asked, "question_only": asked,
