@@ -45,7 +45,8 @@ def parse_args(argv=None):
     size = p.add_argument_group("the latents")
     size.add_argument("--latents", type=int, help="M (default: the checkpoint's); in scope asked what a question sees")
     size.add_argument("--ratio", type=float, help="tokens per latent; in scope asked how densely a text is stored")
-    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors")
+    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors; in scope asked the text's "
+                      "token ids, too")
     size.add_argument("--format", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="default int8")
     other = p.add_argument_group("other")
     other.add_argument("--export", metavar="DIR", help="write the reader's LoRA, and the document if any, for other "
