@@ -240,9 +240,9 @@ def read_latents(row, wire, items, others, M, ratio, form):
                 for n, item in zip(counts, items)]
         return latents, rows, done | {"latents": sum(counts)}
     seen = sum(counts)
-    if layout.late:  # a head's share, the text before aside
-        heads = [layer.expand(-1, wire.lm.config.num_key_value_heads, -1).sum().item() for layer in latents.held]
-        seen = sum(heads) / len(heads) / wire.lm.config.num_key_value_heads - len(layout.before) * len(items)
+    if layout.late:  # by a head on average, the text before aside
+        of_heads = torch.cat([layer.sum((0, 2)) for layer in latents.held])
+        seen = of_heads.double().mean().item() - len(layout.before) * len(items)
     done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
     return latents, [layout.after(item) for item in items], done
 
