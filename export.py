@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from common import UserError, write_atomic
-from lm import LORA_SCALE
+from lm import LORA_SCALE, write_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
@@ -50,11 +49,6 @@ def export(folder, wire, latents=None):
         write_atomic(folder / "README.md", fill(page, wire, name))
     except SafetensorError as error:
         raise UserError(f"--export {folder}: cannot be written ({error})") from None
-
-
-def write_tensors(path, tensors):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def write_adapter(folder, tensors, config):

@@ -191,6 +191,16 @@ def _why_not_loaded(name, error):
     return f"--lm {name}: {(text.strip() or type(error).__name__).splitlines()[0]}"
 
 
+def write_tensors(path, tensors, about=None):
+    """Write {name: tensor} as safetensors, for all who may read the user's other files: safetensors 0.8 leaves it to
+    the user alone. about: metadata, of str."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, about or {"format": "pt"})
+    mask = os.umask(0)  # it can be read by setting it alone
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def _converted(gguf):
     """Folder with the .gguf file's weights as safetensors, made on first use (about 20 s) and renamed into place whole,
     so that two processes may start at once: the later rename finds the folder there and drops its own."""
@@ -204,12 +214,12 @@ def _converted(gguf):
     try:
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        state = {key: value.contiguous() for key, value in lm.state_dict().items()}
+        state = lm.state_dict()
         if lm.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         vars(lm.config).pop("quantization_config", None)
         part.mkdir(parents=True, exist_ok=True)
-        save_file(state, part / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(part / "model.safetensors", state)
         for piece in (lm.config, lm.generation_config, tokenizer):
             piece.save_pretrained(part)
         os.rename(part, folder)

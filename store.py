@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError, log, write_atomic
-from lm import lm_identity, turn
+from lm import lm_identity, turn, write_tensors
 from model import LatentWire, Latents, WireConfig
 
 FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
@@ -203,7 +203,7 @@ def save_document(path, document, kind, saved, identity, source):
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=about)
+        write_tensors(part, tensors, about)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--save {path}: cannot be written ({error})") from None
@@ -302,12 +302,11 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
 
 def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in wire.kept().items()}
-    save_file(weights, part / "model.safetensors")
+    write_tensors(part / "model.safetensors", {name: p.to(dtype) for name, p in wire.kept().items()})
     about = {"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}
     write_atomic(part / "config.json", json.dumps(about, indent=2))
     if state is not None:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, part / "optimizer.safetensors")
+        write_tensors(part / "optimizer.safetensors", tensors)
         write_atomic(part / "state.json", json.dumps(state))
     names = sorted(path.name for path in part.iterdir())
     write_atomic(part / "manifest.json", json.dumps({name: _sha256(part / name) for name in names}, indent=2))

@@ -1374,6 +1374,7 @@ def test_any_damage_is_noticed(tiny, tmp_path, capsys):
     save_checkpoint(tmp_path / "good", wire, {"x": torch.zeros(9)}, {"step": 1})
     rng, refused, folder = random.Random(0), 0, tmp_path / "bad"
     names = [path.name for path in sorted((tmp_path / "good").iterdir())]
+    assert len({(tmp_path / "good" / name).stat().st_mode for name in names}) == 1  # who may read one may read all
     for victim, kind in itertools.product(names, ["empty", "missing", *["flip", "cut", "junk"] * 4]):
         shutil.copytree(tmp_path / "good", folder)
         blob = bytearray((folder / victim).read_bytes())
