@@ -112,7 +112,7 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     if wire.layout.late:
         latents = wire.choose(together, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
     else:
-        latents = together.rows(torch.zeros(len(items), dtype=torch.long, device=together.length.device))
+        latents = together.for_each(len(items))
     needed, before = needs(wire, latents, items), documents[0].before
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):

@@ -117,7 +117,9 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
-NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
+# Of more than LONG tokens a question chooses among the NEARBY nearest to its words, or to what a finder expects in a
+# window of AROUND
+NEARBY, AROUND, LONG = 128, 49, 512
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -150,6 +152,27 @@ def nearness(lm, question, context, rarity):
     near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
     weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
     return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)
+
+
+@torch.enable_grad()
+def weigh_clues(found):
+    """Weights (F,) by which clues tell the right place. found: of each text the clues (n, F, P) of n questions at P
+    places, and which are right, (n, P) bool. A conditional logit: the places' probabilities are the softmax of what the
+    weighted clues add up to; with a ridge on the weights of all but the first."""
+    weights = found[0][0].new_zeros(found[0][0].shape[1], requires_grad=True)
+    n, optimizer = sum(len(clues) for clues, _ in found), torch.optim.LBFGS([weights], max_iter=50,
+                                                                            line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        total = 0.01 * weights[1:].square().sum()
+        for clues, right in found:
+            score = (clues * weights[:, None]).sum(1)
+            total = total + (score.logsumexp(1) - score.masked_fill(~right, -torch.inf).logsumexp(1)).sum() / n
+        total.backward()
+        return total
+    optimizer.step(loss)
+    return weights.detach()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,8 +258,23 @@ class Latents:
 
     def rows(self, number):
         """The Latents of the documents number (B',), in that order."""
-        pick = lambda x: [y[number] for y in x] if isinstance(x, list) else x[number] if torch.is_tensor(x) else x
+        return self._each(lambda x: x[number])
+
+    def for_each(self, B):
+        """The Latents of one document as those of B, of which none is a copy."""
+        return self._each(lambda x: x.expand(B, *x.shape[1:]))
+
+    def _each(self, of):
+        pick = lambda x: [of(y) for y in x] if isinstance(x, list) else of(x) if torch.is_tensor(x) else x
         return Latents(*map(pick, vars(self).values()))
+
+    def by_place(self, scores, before):
+        """Scores of the places, (B, heads, N or more) a layer -> what share of a head's each place of the document has,
+        (B, heads, width) a layer, one at a time: one head holds other places than the next. `before` ones count not."""
+        for score, kept in zip(scores, self.kept):
+            score = score[..., :kept.shape[-1]] * (kept >= before)
+            share = score / score.sum(-1, keepdim=True).clamp(min=1e-9)
+            yield share.new_zeros(*share.shape[:2], self.width).scatter_add(2, kept.expand_as(share), share)
 
     def packed(self, widths=None):
         """The same without the places that no head of a layer holds: what is stored, and read at least cost. A layer
@@ -287,6 +325,7 @@ class LatentWire(nn.Module):
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         self.register_buffer("predictor", None)  # (L, heads, F), once it is fitted
+        self.register_buffer("finder", None)     # (1 + L * heads,) the weight of each clue to a place, once fitted
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0], device=device))
         if config.wire == "embeds":
             with torch.no_grad():  # of what the module returns: Gemma scales in it
@@ -298,7 +337,7 @@ class LatentWire(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def kept(self):
-        """{name: tensor} of what a checkpoint holds: what is trained, the rarity of words, the predictor if any."""
+        """{name: tensor} of what a checkpoint holds: what is trained, the rarity of words, what was fitted."""
         return self.trainable() | dict(self.named_buffers(recurse=False))
 
     @torch.no_grad()
@@ -437,30 +476,47 @@ class LatentWire(nn.Module):
         real, found, H = asks != PAD, 0, len(self.layout.before)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
         scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
-        for score, kept in zip(scores, latents.kept):  # one head holds other places than the next
-            score = score[..., :kept.shape[-1]] * (kept >= H)
-            share = score / score.sum(-1, keepdim=True).clamp(min=1e-9)
-            share = share.new_zeros(*share.shape[:2], latents.width).scatter_add(2, kept.expand_as(share), share)
+        for share in latents.by_place(scores, H):
             share = share.mean(1, keepdim=True)
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
+    def clues(self, latents, asks):
+        """What tells where in B documents the answers to B questions stand, each to be weighed by `finder`: (B, 1, T)
+        how near a question's words are to each token, then (B, heads, T) a layer how much a head of the reader looks
+        there, give or take 16 tokens, when it reads those words; all as logarithms. Few heads tell much: retrieval
+        heads (arXiv 2404.15574), known by what they look at from a question (arXiv 2506.09944). asks: see `choose`."""
+        H, around = len(self.layout.before), torch.from_numpy(self.prompt.around).long().to(asks.device)
+        words, text = (asks != PAD) & ~torch.isin(asks, around), latents.ids[:, H:]
+        yield (nearness(self.lm, asks.masked_fill(~words, PAD), text, self.rarity) + 0.02).log()[:, None]
+        scores, T = importance(self.lm, embed(self.lm, asks), asks != PAD, latents, words, "reader"), text != PAD
+        for share in latents.by_place(scores, H):  # 1: as much as anywhere
+            yield (F.avg_pool1d(share[..., H:], 33, 1, 16) * T.sum(1)[:, None, None] + 0.1).log()
+
     def nearby(self, latents, asks):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
-        a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
-        distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
-        H, B, device = len(self.layout.before), len(asks), asks.device
+        a long document what comes from the NEARBY tokens around which the finder expects its answer, or without one from those
+        nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`. A question without
+        a word that tells a place gets the first ones."""
+        H, B, alone = len(self.layout.before), len(asks), len(latents.length) == 1
+        latents = latents.for_each(B) if alone else latents
         if latents.width - H <= LONG:
-            return latents if len(latents.length) == B else latents.rows(torch.zeros(B, device=device).long())
-        text, around = latents.ids[:, H:], torch.from_numpy(self.prompt.around).long().to(device)
-        near = nearness(self.lm, asks.masked_fill(torch.isin(asks, around), PAD), text, self.rarity)
-        most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
-        stays = F.pad(places(near) < most, (H, 0), value=True)[:, None]          # (B, 1, width)
-        held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept.expand(B, -1, -1))
-                for there, kept in zip(latents.held, latents.kept)]
-        latents = replace(latents, length=latents.length.expand(B), held=held, ids=latents.ids.expand(B, -1))
-        wide = H + (NEARBY if len(text) == 1 else LONG)  # in training no GPU is asked; of several one may be short
-        return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
+            return latents
+        there, clues = latents.ids[:, H:] != PAD, self.clues(latents, asks)
+        if self.finder is None:
+            score = next(clues)[:, 0]
+        else:
+            weights = self.finder.split([1] + [keys.shape[1] for keys in latents.keys])
+            score = sum((clue * weight[:, None]).sum(1) for clue, weight in zip(clues, weights))
+            score = F.avg_pool1d(score.masked_fill(~there, -torch.inf).softmax(1), AROUND, 1, AROUND // 2)
+        most = torch.where(there.sum(1) > LONG, NEARBY, LONG)[:, None]
+        stays = places(score.masked_fill(~there, -torch.inf)) < most
+        stays = F.pad(stays, (H, 0), value=True)[:, None]                        # (B, 1, width)
+        held = [side & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
+                for side, kept in zip(latents.held, latents.kept)]
+        latents, wide = replace(latents, held=held), H + (NEARBY if alone else LONG)
+        # In training no GPU is asked, and of several documents one may be short.
+        return latents.packed([min(side.shape[-1], wide) for side in held] if self.training else None)
 
     def choose(self, latents, asks, M=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained

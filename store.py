@@ -388,7 +388,8 @@ def load_trained(wire, folder):
         if own.shape[-1] == width + 2:  # up to commit 50ac03b: of a head's own key and value, nothing of the others'
             alone = torch.eye(own.shape[1])[:, :, None] * own[:, :, None, :-1].float()
             weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)
-    wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
+    for name in ("predictor", "finder"):
+        setattr(wire, name, weights[name].float().to(wire.lm.device) if name in weights else None)
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))
