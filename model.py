@@ -26,7 +26,9 @@ Words, one meaning each:
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
                    alone: a document is stored at --ratio, and of it a question sees M, of a long one M of those that
-                   stand near its words (`nearby`)
+                   stand where its answer is expected (`nearby`)
+    finder         what tells that place: how near the question's words are and where few of the heads look when they
+                   read them, each weighed by how well it told the places of known answers
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.

@@ -23,8 +23,8 @@ from model import LatentWire, Latents, WireConfig
 
 FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
 # predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot
-# apply. Up to 590f892 a question chose otherwise, in long documents up to b07f13d: wires of scope asked and prompt from
-# then answer a little otherwise
+# apply; from 0d3e800 on it may have a finder, which those before refuse. Up to 590f892 a question chose otherwise, in
+# long documents up to b07f13d: wires of scope asked and prompt from then answer a little otherwise
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
