@@ -497,9 +497,9 @@ class LatentWire(nn.Module):
 
     def nearby(self, latents, asks):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
-        a long document what comes from the NEARBY tokens around which the finder expects its answer, or without one from those
-        nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`. A question without
-        a word that tells a place gets the first ones."""
+        a long document what comes from the NEARBY tokens around which the finder expects its answer, or without one
+        from those nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`. A
+        question without a word that tells a place gets the first ones."""
         H, B, alone = len(self.layout.before), len(asks), len(latents.length) == 1
         latents = latents.for_each(B) if alone else latents
         if latents.width - H <= LONG:

@@ -937,7 +937,8 @@ def test_a_finder_chooses_where_the_heads_that_it_trusts_look(tiny):
     wire.finder = 2 * torch.eye(9)[1 + 2 * layer + h]
     at_words = torch.zeros_like(asks, dtype=torch.bool)
     at_words[:, :2] = True
-    score = importance(wire.lm, embed(wire.lm, asks), asks != data.PAD, one.for_each(2), at_words, "reader")[layer][:, h]
+    scores = importance(wire.lm, embed(wire.lm, asks), asks != data.PAD, one.for_each(2), at_words, "reader")
+    score = scores[layer][:, h]
     chosen = wire.choose(one, asks, 9)
     for b in (0, 1):
         there, kept = one.held[layer][0, h], one.kept[layer][0, h]
