@@ -198,7 +198,8 @@ def write_tensors(path, tensors, about=None):
     save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, about or {"format": "pt"})
     mask = os.umask(0)  # it can be read by setting it alone
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with contextlib.suppress(OSError):  # not all file systems have modes
+        path.chmod(0o666 & ~mask)
 
 
 def _converted(gguf):
@@ -218,7 +219,6 @@ def _converted(gguf):
         if lm.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
         vars(lm.config).pop("quantization_config", None)
-        part.mkdir(parents=True, exist_ok=True)
         write_tensors(part / "model.safetensors", state)
         for piece in (lm.config, lm.generation_config, tokenizer):
             piece.save_pretrained(part)

@@ -119,9 +119,11 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
-# Of more than LONG tokens a question chooses among the NEARBY nearest to its words, or to what a finder expects in a
-# window of AROUND
+# Of more than LONG tokens a question sees NEARBY: the nearest to its words, or those whose window of AROUND most likely
+# holds its answer
 NEARBY, AROUND, LONG = 128, 49, 512
+QUESTIONS = 128    # to how many a finder is fitted
+AT_ONCE = 2 ** 17  # places, over all questions: what finds a place in a book for many of them would not fit into memory
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -160,14 +162,13 @@ def nearness(lm, question, context, rarity):
 def weigh_clues(found):
     """Weights (F,) by which clues tell the right place. found: of each text the clues (n, F, P) of n questions at P
     places, and which are right, (n, P) bool. A conditional logit: the places' probabilities are the softmax of what the
-    weighted clues add up to; with a ridge on the weights of all but the first."""
-    weights = found[0][0].new_zeros(found[0][0].shape[1], requires_grad=True)
-    n, optimizer = sum(len(clues) for clues, _ in found), torch.optim.LBFGS([weights], max_iter=50,
-                                                                            line_search_fn="strong_wolfe")
+    weighted clues add up to; with a ridge on the weights of all but the first, the more of it the fewer questions."""
+    n, weights = sum(len(clues) for clues, _ in found), found[0][0].new_zeros(found[0][0].shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        total = 0.01 * weights[1:].square().sum()
+        total = 0.01 * max(1, QUESTIONS / n) * weights[1:].square().sum()
         for clues, right in found:
             score = (clues * weights[:, None]).sum(1)
             total = total + (score.logsumexp(1) - score.masked_fill(~right, -torch.inf).logsumexp(1)).sum() / n
@@ -263,7 +264,7 @@ class Latents:
         return self._each(lambda x: x[number])
 
     def for_each(self, B):
-        """The Latents of one document as those of B, of which none is a copy."""
+        """The Latents of one document as those of B, of which none is a copy; those of B as they are."""
         return self._each(lambda x: x.expand(B, *x.shape[1:]))
 
     def _each(self, of):
@@ -484,41 +485,47 @@ class LatentWire(nn.Module):
         return found
 
     def clues(self, latents, asks):
-        """What tells where in B documents the answers to B questions stand, each to be weighed by `finder`: (B, 1, T)
-        how near a question's words are to each token, then (B, heads, T) a layer how much a head of the reader looks
-        there, give or take 16 tokens, when it reads those words; all as logarithms. Few heads tell much: retrieval
-        heads (arXiv 2404.15574), known by what they look at from a question (arXiv 2506.09944). asks: see `choose`."""
+        """What tells where in a document the answer to a question stands, of B or of the one that all B questions are
+        on, each to be weighed by `finder`: (B, 1, T) how near a question's words are to each token, then (B, heads, T)
+        a layer how much a head of the reader looks there, give or take 16 tokens, when it reads those words; all as
+        logarithms. Few heads tell much: retrieval heads (arXiv 2404.15574), known by what they look at from a question
+        (arXiv 2506.09944). asks: see `choose`."""
         H, around = len(self.layout.before), torch.from_numpy(self.prompt.around).long().to(asks.device)
         words, text = (asks != PAD) & ~torch.isin(asks, around), latents.ids[:, H:]
         yield (nearness(self.lm, asks.masked_fill(~words, PAD), text, self.rarity) + 0.02).log()[:, None]
-        scores, T = importance(self.lm, embed(self.lm, asks), asks != PAD, latents, words, "reader"), text != PAD
+        latents, length = latents.for_each(len(asks)), (text != PAD).sum(1)[:, None, None]
+        scores = importance(self.lm, embed(self.lm, asks), asks != PAD, latents, words, "reader")
         for share in latents.by_place(scores, H):  # 1: as much as anywhere
-            yield (F.avg_pool1d(share[..., H:], 33, 1, 16) * T.sum(1)[:, None, None] + 0.1).log()
+            yield (F.avg_pool1d(share[..., H:], 33, 1, 16) * length + 0.1).log()
+
+    def expected(self, latents, asks):
+        """(B, T) how much speaks for each token of a document as the place of the answer; see `clues`."""
+        there, clues = latents.ids[:, len(self.layout.before):] != PAD, self.clues(latents, asks)
+        if self.finder is None:
+            return next(clues)[:, 0].masked_fill(~there, -torch.inf)
+        weights = self.finder.split([1] + [keys.shape[1] for keys in latents.keys])
+        score = sum((clue * weight[:, None]).sum(1) for clue, weight in zip(clues, weights))
+        chance = score.masked_fill(~there, -torch.inf).softmax(1)
+        return F.avg_pool1d(chance, AROUND, 1, AROUND // 2, count_include_pad=False).masked_fill(~there, -torch.inf)
 
     def nearby(self, latents, asks):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
         a long document what comes from the NEARBY tokens around which the finder expects its answer, or without one
-        from those nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`. A
-        question without a word that tells a place gets the first ones."""
+        from those nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`."""
         H, B, alone = len(self.layout.before), len(asks), len(latents.length) == 1
-        latents = latents.for_each(B) if alone else latents
         if latents.width - H <= LONG:
-            return latents
-        there, clues = latents.ids[:, H:] != PAD, self.clues(latents, asks)
-        if self.finder is None:
-            score = next(clues)[:, 0]
-        else:
-            weights = self.finder.split([1] + [keys.shape[1] for keys in latents.keys])
-            score = sum((clue * weight[:, None]).sum(1) for clue, weight in zip(clues, weights))
-            score = F.avg_pool1d(score.masked_fill(~there, -torch.inf).softmax(1), AROUND, 1, AROUND // 2)
-        most = torch.where(there.sum(1) > LONG, NEARBY, LONG)[:, None]
-        stays = places(score.masked_fill(~there, -torch.inf)) < most
-        stays = F.pad(stays, (H, 0), value=True)[:, None]                        # (B, 1, width)
-        held = [side & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
-                for side, kept in zip(latents.held, latents.kept)]
+            return latents.for_each(B)
+        some = max(1, AT_ONCE // latents.width)
+        score = torch.cat([self.expected(latents if alone else latents.rows(slice(b, b + some)), asks[b:b + some])
+                           for b in range(0, B, some)])
+        latents = latents.for_each(B)
+        most = torch.where((latents.ids[:, H:] != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
+        stays = F.pad(places(score) < most, (H, 0), value=True)[:, None]         # (B, 1, width)
+        held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
+                for there, kept in zip(latents.held, latents.kept)]
         latents, wide = replace(latents, held=held), H + (NEARBY if alone else LONG)
         # In training no GPU is asked, and of several documents one may be short.
-        return latents.packed([min(side.shape[-1], wide) for side in held] if self.training else None)
+        return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
 
     def choose(self, latents, asks, M=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained

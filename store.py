@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
-from common import UserError, log, write_atomic
+from common import UserError, first_process, log, write_atomic
 from lm import lm_identity, turn, write_tensors
 from model import LatentWire, Latents, WireConfig
 
@@ -119,7 +119,8 @@ def encode(wire, text, count, each=False):
     from tqdm import tqdm
     parts, upto, before = [], 0, wire.layout.before
     read = [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
-    for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
+    quiet = None if len(read) > 1 and first_process() else True
+    for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=quiet):
         source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
         part, gap = wire.encode(source, each).packed(), begin - upto  # between them what got no latent
         kept = [torch.where(kept < len(before), kept, kept + gap) for kept in part.kept]
@@ -202,7 +203,6 @@ def save_document(path, document, kind, saved, identity, source):
     about["sha256"] = _sha256_of(tensors, about)
     part = Path(f"{path}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(part, tensors, about)
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
@@ -302,7 +302,7 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
 
 def _write_checkpoint(part, wire, tensors, state, dtype):
     config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    write_tensors(part / "model.safetensors", {name: p.to(dtype) for name, p in wire.kept().items()})
+    write_tensors(part / "model.safetensors", {name: p.detach().to("cpu", dtype) for name, p in wire.kept().items()})
     about = {"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}
     write_atomic(part / "config.json", json.dumps(about, indent=2))
     if state is not None:

@@ -929,10 +929,11 @@ def test_a_finder_chooses_where_the_heads_that_it_trusts_look(tiny):
     text, end = words[:600], np.concatenate([prompt.post, prompt.anchor])
     asks = data.pad([np.concatenate([words[[at, at + 1]], end]) for at in (450, 100)], data.PAD)
     one = encode(wire, text, 300)
-    wire.finder = 100 * torch.eye(9)[0]  # the words' nearness alone
+    wire.finder = 3 * torch.eye(9)[0]  # the words' nearness alone
     for b, at in enumerate((450, 100)):
         seen = wire.choose(one, asks, 9).rows([b]).of_tokens(600, 2).nonzero()[:, 0]
-        assert (seen - at).abs().max() < 110 and (seen < at).any() and (seen > at).any()
+        close = (seen - at).abs() < 64  # what is left of the 128, no word is near
+        assert close.float().mean() > 0.6 and (seen[close] < at).any() and (seen[close] > at).any()
     layer, h = 2, 1
     wire.finder = 2 * torch.eye(9)[1 + 2 * layer + h]
     at_words = torch.zeros_like(asks, dtype=torch.bool)
@@ -956,12 +957,14 @@ def test_a_finder_is_fitted_to_where_answers_stand_in_long_texts(tiny, monkeypat
     wire, prompt, _ = make_wire(tiny, scope="asked", ratio=2.0)
     items = prompt.items(synthetic("train", 60))
     plan = SimpleNamespace(groups=data.group_by_context(items))
+    for number in (plan.groups[0][0], plan.groups[1][-1]):  # cut otherwise than the others on its text
+        items[number] = replace(items[number], context=items[number].context[:-4])
     run, seen = SimpleNamespace(wire=wire, items=items, plan=plan, config=Config(seed=3)), []
     for text, asked, begin in train.texts_to_search(run, seen.append):
         assert len(asked) <= 10 and begin.shape == (len(asked), len(text)) and len(text) <= 4 * 60
         for item, row in zip(asked, begin):
             at, whole = row.nonzero()[:, 0].tolist(), prompt.tokenizer.decode(text)
-            assert at and item.example.context in whole
+            assert at and item.example.context[:60] in whole
             for t in at:
                 assert text[t:t + len(item.answer) - 1].tolist() == item.answer[:-1].tolist()
                 assert prompt.tokenizer.decode(text[:t]) + " " + item.example.answers[0] in whole

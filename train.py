@@ -37,7 +37,7 @@ from data import (PAD, Prompt, begin_at, by_article, epoch_plan, group_by_contex
                   pad)
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
-from model import LONG, LatentWire, WireConfig, budgets, check_config, option, rarity, weigh_clues
+from model import LONG, QUESTIONS, LatentWire, WireConfig, budgets, check_config, option, rarity, weigh_clues
 from rows import evaluate_row, kept_tokens, own_row, summary
 from store import check_lm, encode, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
@@ -650,32 +650,33 @@ def texts_to_fit(run, watch):
 
 
 def texts_to_search(run, watch):
-    """[(text (T,), Items of at most 10 questions on it, (n, T) bool where the answer to each begins), ...]: successive
-    paragraphs of the training data, as many as make a long text, in the same order at every call; watch(0) before
-    each."""
+    """[(text (T,), Items of at most 10 questions on it, (n, T) bool where the answer to each begins), ...]: as many
+    training texts as make a long one, of one article where there are titles and room, in the same order at every call;
+    watch(0) before each."""
     items, texts, room = run.items, [], -1
+    context = lambda group: items[group[0]].context  # a longer question may have cut it shorter
     for group in sorted(run.plan.groups, key=lambda group: items[group[0]].example.title):
-        room -= len(items[group[0]].context)
+        room -= len(context(group))
         if room < 0:
             texts.append([])
-            room = 4 * LONG - len(items[group[0]].context)
+            room = 4 * LONG - len(context(group))
         texts[-1].append(group)
     rng = random.Random(run.config.seed)
     for groups in rng.sample(texts, len(texts)):
         watch(0)
-        text, chosen, where = np.concatenate([items[group[0]].context for group in groups]), [], []
-        ends = np.cumsum([len(items[group[0]].context) for group in groups])
-        asked = [(end, number) for end, group in zip(ends, groups) for number in group]
-        for end, number in rng.sample(asked, len(asked)):
-            begin, item = np.zeros(len(text), bool), items[number]
-            begin[end - len(item.context):end] = begin_at(item.context, item.answer[:-1])  # without its end token
+        parts, chosen, where = [context(group) for group in groups], [], []
+        ends = np.cumsum([len(part) for part in parts])
+        asked = [(part, end, number) for part, end, group in zip(parts, ends, groups) for number in group]
+        for part, end, number in rng.sample(asked, len(asked)):
+            begin = np.zeros(ends[-1], bool)
+            begin[end - len(part):end] = begin_at(part, items[number].answer[:-1])  # without its end token
             if begin.any():
-                chosen.append(item)
+                chosen.append(items[number])
                 where.append(begin)
             if len(chosen) == 10:
                 break
         if chosen:
-            yield text, chosen, torch.from_numpy(np.stack(where))
+            yield np.concatenate(parts), chosen, torch.from_numpy(np.stack(where))
 
 
 @torch.no_grad()
@@ -689,12 +690,13 @@ def fit_finder(run, watch):
     for text, items, begin in texts_to_search(run, watch):
         if len(text) <= LONG:
             continue
-        document = encode(wire, text, wire.stored(len(text))).for_each(len(items))
+        document = encode(wire, text, wire.stored(len(text)))
         asks = pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device)
-        clues, near = torch.cat(list(wire.clues(document, asks)), 1), F.max_pool1d(begin.float(), 33, 1, 16) > 0
-        found.append((clues[..., ::16], near[:, ::16].to(clues.device)))
+        clues = torch.cat([clue[..., ::16] for clue in wire.clues(document, asks)], 1)
+        near = F.max_pool1d(begin.float(), 33, 1, 16) > 0
+        found.append((clues, near[:, ::16].to(clues.device)))
         n += len(items)
-        if n >= 128:
+        if n >= QUESTIONS:
             break
     if found:
         wire.finder = weigh_clues(found)
