@@ -151,11 +151,12 @@ def nearness(lm, question, context, rarity):
     this text; near fades out over 32 tokens."""
     unit = lambda ids: F.normalize(embed(lm, ids).float(), dim=-1)
     text = (context != PAD)[:, None]                                              # (B or 1, 1, T)
-    alike = (unit(question) @ unit(context).mT).clamp(min=0) ** 2 * text          # (B, Q, T)
-    mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not, so
-    near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
-    weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
-    return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)
+    mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not
+    with torch.autocast(context.device.type, enabled=False):  # bf16 has many equals
+        alike = (unit(question) @ unit(context).mT).clamp(min=0) ** 2 * text      # (B, Q, T)
+        near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
+        weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
+        return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)
 
 
 @torch.enable_grad()
@@ -506,7 +507,7 @@ class LatentWire(nn.Module):
         weights = self.finder.split([1] + [keys.shape[1] for keys in latents.keys])
         score = sum((clue * weight[:, None]).sum(1) for clue, weight in zip(clues, weights))
         chance = score.masked_fill(~there, -torch.inf).softmax(1)
-        return F.avg_pool1d(chance, AROUND, 1, AROUND // 2, count_include_pad=False).masked_fill(~there, -torch.inf)
+        return F.avg_pool1d(chance, AROUND, 1, AROUND // 2).masked_fill(~there, -torch.inf)
 
     def nearby(self, latents, asks):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of

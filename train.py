@@ -561,6 +561,8 @@ def make_batch(run, rows, M, rng, progress):
     share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
     count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
     batch = wire.collate(rows, count, M, kept, config.continuations, rng)
+    if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
+        batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
 
 
@@ -767,7 +769,7 @@ def train(config, rank, world, device, dtype, why, stack):
     began, window, ticked = time.time() - state.elapsed, [], time.time()
     progress, stop = clock(run, began)
     while progress < 1 and not stop:
-        run.wire.predictor = None  # it goes with the weights that it was fitted to
+        run.wire.predictor = run.wire.finder = None  # they go with the weights that they were fitted to
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
         done = train_step(run, progress, window)
