@@ -1725,6 +1725,24 @@ def test_several_processes_equal_one(tiny, tmp_path, scope):
     assert a == b
 
 
+def count_as_long():
+    """Let some of the synthetic passages be long texts, of which a question sees a part."""
+    model.LONG = train.LONG = 110
+    model.NEARBY = 40
+
+
+def test_training_does_not_depend_on_the_finders_that_evaluations_fit(tiny, tmp_path):
+    """Nor do processes that share an LM wait for one another where only one has a long text."""
+    flags = ["train", "--lm", tiny, *FLAGS, "--scope", "asked", "--ratio", "2", "--samples", "48", "--lr", "1e-3"]
+    launch(*flags, "--out", tmp_path / "one", hooks=[count_as_long])
+    launch(*flags, "--eval_every", "2", "--out", tmp_path / "often", hooks=[count_as_long])
+    launch(*flags, "--shard", "--out", tmp_path / "shard", world=2, hooks=[count_as_long])
+    assert "finder" in load_file(tmp_path / "one" / "ckpt" / "best" / "model.safetensors")
+    assert equal(tmp_path / "one", tmp_path / "often") and equal(tmp_path / "one", tmp_path / "shard", atol=1e-5)
+    launch(*flags, "--out", tmp_path / "whole")
+    assert not equal(tmp_path / "one", tmp_path / "whole", atol=1e-4)  # some were long
+
+
 def test_steps_that_are_not_finite(tiny, tmp_path):
     """A NaN in one of two processes skips the step in both, and does no harm; ten stop a run."""
     out = tmp_path / "run"
