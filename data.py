@@ -409,14 +409,6 @@ def pad(arrays, value, left=False):
     return pad_sequence([torch.as_tensor(array).long() for array in arrays], True, value, "left" if left else "right")
 
 
-def begin_at(text, part):
-    """(T,) bool: where in a text (T,) the tokens part (n,) begin."""
-    found = np.zeros(len(text), bool)
-    if 0 < len(part) <= len(text):
-        found[:len(text) - len(part) + 1] = (np.lib.stride_tricks.sliding_window_view(text, len(part)) == part).all(1)
-    return found
-
-
 class Tensors:
     """What a dataclass of tensors can do."""
 

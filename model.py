@@ -26,9 +26,7 @@ Words, one meaning each:
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
                    alone: a document is stored at --ratio, and of it a question sees M, of a long one M of those that
-                   stand where its answer is expected (`nearby`)
-    finder         what tells that place: how near the question's words are and where few of the heads look when they
-                   read them, each weighed by how well it told the places of known answers
+                   stand near its words (`nearby`)
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
@@ -119,11 +117,7 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # ------------------------------------------------------------------------------------------------
 # Which words tell a place
 
-# Of more than LONG tokens a question sees NEARBY: the nearest to its words, or those whose window of AROUND most likely
-# holds its answer
-NEARBY, AROUND, LONG = 128, 49, 512
-QUESTIONS = 128    # to how many a finder is fitted
-AT_ONCE = 2 ** 17  # places, over all questions: what finds a place in a book for many of them would not fit into memory
+NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -157,26 +151,6 @@ def nearness(lm, question, context, rarity):
         near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
         weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
         return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)
-
-
-@torch.enable_grad()
-def weigh_clues(found):
-    """Weights (F,) by which clues tell the right place. found: of each text the clues (n, F, P) of n questions at P
-    places, and which are right, (n, P) bool. A conditional logit: the places' probabilities are the softmax of what the
-    weighted clues add up to; with a ridge on the weights of all but the first, the more of it the fewer questions."""
-    n, weights = sum(len(clues) for clues, _ in found), found[0][0].new_zeros(found[0][0].shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        total = 0.01 * max(1, QUESTIONS / n) * weights[1:].square().sum()
-        for clues, right in found:
-            score = (clues * weights[:, None]).sum(1)
-            total = total + (score.logsumexp(1) - score.masked_fill(~right, -torch.inf).logsumexp(1)).sum() / n
-        total.backward()
-        return total
-    optimizer.step(loss)
-    return weights.detach()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,14 +246,6 @@ class Latents:
         pick = lambda x: [of(y) for y in x] if isinstance(x, list) else of(x) if torch.is_tensor(x) else x
         return Latents(*map(pick, vars(self).values()))
 
-    def by_place(self, scores, before):
-        """Scores of the places, (B, heads, N or more) a layer -> what share of a head's each place of the document has,
-        (B, heads, width) a layer, one at a time: one head holds other places than the next. `before` ones count not."""
-        for score, kept in zip(scores, self.kept):
-            score = score[..., :kept.shape[-1]] * (kept >= before)
-            share = score / score.sum(-1, keepdim=True).clamp(min=1e-9)
-            yield share.new_zeros(*share.shape[:2], self.width).scatter_add(2, kept.expand_as(share), share)
-
     def packed(self, widths=None):
         """The same without the places that no head of a layer holds: what is stored, and read at least cost. A layer
         is padded to its fullest head; how full that is, a GPU must be asked, unless it is given of every layer."""
@@ -329,7 +295,6 @@ class LatentWire(nn.Module):
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         self.register_buffer("predictor", None)  # (L, heads, F), once it is fitted
-        self.register_buffer("finder", None)     # (1 + L * heads,) the weight of each clue to a place, once fitted
         self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0], device=device))
         if config.wire == "embeds":
             with torch.no_grad():  # of what the module returns: Gemma scales in it
@@ -341,7 +306,7 @@ class LatentWire(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def kept(self):
-        """{name: tensor} of what a checkpoint holds: what is trained, the rarity of words, what was fitted."""
+        """{name: tensor} of what a checkpoint holds: what is trained, the rarity of words, the predictor if any."""
         return self.trainable() | dict(self.named_buffers(recurse=False))
 
     @torch.no_grad()
@@ -480,48 +445,26 @@ class LatentWire(nn.Module):
         real, found, H = asks != PAD, 0, len(self.layout.before)
         asking = real & (real.flip(1).cumsum(1).flip(1) <= len(self.prompt.anchor))
         scores = importance(self.lm, embed(self.lm, asks), real, latents, asking, "reader")
-        for share in latents.by_place(scores, H):
+        for score, kept in zip(scores, latents.kept):  # one head holds other places than the next
+            score = score[..., :kept.shape[-1]] * (kept >= H)
+            share = score / score.sum(-1, keepdim=True).clamp(min=1e-9)
+            share = share.new_zeros(*share.shape[:2], latents.width).scatter_add(2, kept.expand_as(share), share)
             share = share.mean(1, keepdim=True)
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
-    def clues(self, latents, asks):
-        """What tells where in a document the answer to a question stands, of B or of the one that all B questions are
-        on, each to be weighed by `finder`: (B, 1, T) how near a question's words are to each token, then (B, heads, T)
-        a layer how much a head of the reader looks there, give or take 16 tokens, when it reads those words; all as
-        logarithms. Few heads tell much: retrieval heads (arXiv 2404.15574), known by what they look at from a question
-        (arXiv 2506.09944). asks: see `choose`."""
-        H, around = len(self.layout.before), torch.from_numpy(self.prompt.around).long().to(asks.device)
-        words, text = (asks != PAD) & ~torch.isin(asks, around), latents.ids[:, H:]
-        yield (nearness(self.lm, asks.masked_fill(~words, PAD), text, self.rarity) + 0.02).log()[:, None]
-        latents, length = latents.for_each(len(asks)), (text != PAD).sum(1)[:, None, None]
-        scores = importance(self.lm, embed(self.lm, asks), asks != PAD, latents, words, "reader")
-        for share in latents.by_place(scores, H):  # 1: as much as anywhere
-            yield (F.avg_pool1d(share[..., H:], 33, 1, 16) * length + 0.1).log()
-
-    def expected(self, latents, asks):
-        """(B, T) how much speaks for each token of a document as the place of the answer; see `clues`."""
-        there, clues = latents.ids[:, len(self.layout.before):] != PAD, self.clues(latents, asks)
-        if self.finder is None:
-            return next(clues)[:, 0].masked_fill(~there, -torch.inf)
-        weights = self.finder.split([1] + [keys.shape[1] for keys in latents.keys])
-        score = sum((clue * weight[:, None]).sum(1) for clue, weight in zip(clues, weights))
-        chance = score.masked_fill(~there, -torch.inf).softmax(1)
-        return F.avg_pool1d(chance, AROUND, 1, AROUND // 2).masked_fill(~there, -torch.inf)
-
     def nearby(self, latents, asks):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
-        a long document what comes from the NEARBY tokens around which the finder expects its answer, or without one
-        from those nearest to its words, for among all of them the LM is easily distracted. asks: see `choose`."""
+        a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
+        distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
         H, B, alone = len(self.layout.before), len(asks), len(latents.length) == 1
         if latents.width - H <= LONG:
             return latents.for_each(B)
-        some = max(1, AT_ONCE // latents.width)
-        score = torch.cat([self.expected(latents if alone else latents.rows(slice(b, b + some)), asks[b:b + some])
-                           for b in range(0, B, some)])
+        text, around = latents.ids[:, H:], torch.from_numpy(self.prompt.around).long().to(asks.device)
+        near = nearness(self.lm, asks.masked_fill(torch.isin(asks, around), PAD), text, self.rarity)
+        most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
+        stays = F.pad(places(near) < most, (H, 0), value=True)[:, None]          # (B, 1, width)
         latents = latents.for_each(B)
-        most = torch.where((latents.ids[:, H:] != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
-        stays = F.pad(places(score) < most, (H, 0), value=True)[:, None]         # (B, 1, width)
         held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
                 for there, kept in zip(latents.held, latents.kept)]
         latents, wide = replace(latents, held=held), H + (NEARBY if alone else LONG)

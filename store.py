@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
-from common import UserError, first_process, log, write_atomic
+from common import UserError, log, write_atomic
 from lm import lm_identity, turn, write_tensors
 from model import LatentWire, Latents, WireConfig
 
 FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
 # predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot
-# apply; from 0d3e800 on it may have a finder, which those before refuse. Up to 590f892 a question chose otherwise, in
-# long documents up to b07f13d: wires of scope asked and prompt from then answer a little otherwise
+# apply. Up to 590f892 a question chose otherwise, in long documents up to b07f13d: wires of scope asked and prompt from
+# then answer a little otherwise
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
@@ -119,8 +119,7 @@ def encode(wire, text, count, each=False):
     from tqdm import tqdm
     parts, upto, before = [], 0, wire.layout.before
     read = [part for part in divide(len(text), count, wire.config.max_prompt_tokens) if part[2]]
-    quiet = None if len(read) > 1 and first_process() else True
-    for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=quiet):
+    for begin, end, share in tqdm(read, "encoding", leave=False, unit="chunk", disable=None if len(read) > 1 else True):
         source = wire.source([text[begin:end]], [share]).to(wire.lm.device)
         part, gap = wire.encode(source, each).packed(), begin - upto  # between them what got no latent
         kept = [torch.where(kept < len(before), kept, kept + gap) for kept in part.kept]
@@ -388,8 +387,7 @@ def load_trained(wire, folder):
         if own.shape[-1] == width + 2:  # up to commit 50ac03b: of a head's own key and value, nothing of the others'
             alone = torch.eye(own.shape[1])[:, :, None] * own[:, :, None, :-1].float()
             weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)
-    for name in ("predictor", "finder"):
-        setattr(wire, name, weights[name].float().to(wire.lm.device) if name in weights else None)
+    wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))

@@ -62,7 +62,7 @@ from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embe
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
 from model import (RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity,
-                   traits, weigh_clues)
+                   traits)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
@@ -908,76 +908,6 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert torch.equal(among.rows([0]).of_tokens(200, 2), alone.of_tokens(200, 2))
 
 
-def test_clues_are_weighed_by_what_they_tell():
-    generator = torch.manual_seed(0)
-    found = []
-    for T in (30, 40):  # the second clue tells, the fourth tells the contrary
-        clues = torch.randn(60, 5, T, generator=generator)
-        score = 3 * clues[:, 1] - 2 * clues[:, 3]
-        right = score > score.topk(2, dim=1).values.min(1, keepdim=True).values - 1e-6
-        found.append((clues, right))
-    weights = weigh_clues(found)
-    assert weights[1] > 1 and weights[3] < -0.6 and weights[[0, 2, 4]].abs().max() < 0.3
-    assert weights[1] / weights[3] == pytest.approx(-1.5, abs=0.25)
-
-
-@torch.no_grad()
-def test_a_finder_chooses_where_the_heads_that_it_trusts_look(tiny):
-    wire, prompt, _ = make_wire(tiny, scope="asked", max_prompt_tokens=800)
-    words = np.random.default_rng(0).permutation(np.arange(1000, 9000)).astype(np.int32)
-    wire.rarity.fill_(1.0)[torch.from_numpy(prompt.around).long()] = 0
-    text, end = words[:600], np.concatenate([prompt.post, prompt.anchor])
-    asks = data.pad([np.concatenate([words[[at, at + 1]], end]) for at in (450, 100)], data.PAD)
-    one = encode(wire, text, 300)
-    wire.finder = 3 * torch.eye(9)[0]  # the words' nearness alone
-    for b, at in enumerate((450, 100)):
-        seen = wire.choose(one, asks, 9).rows([b]).of_tokens(600, 2).nonzero()[:, 0]
-        close = (seen - at).abs() < 64  # what is left of the 128, no word is near
-        assert close.float().mean() > 0.6 and (seen[close] < at).any() and (seen[close] > at).any()
-    layer, h = 2, 1
-    wire.finder = 2 * torch.eye(9)[1 + 2 * layer + h]
-    at_words = torch.zeros_like(asks, dtype=torch.bool)
-    at_words[:, :2] = True
-    scores = importance(wire.lm, embed(wire.lm, asks), asks != data.PAD, one.for_each(2), at_words, "reader")
-    score = scores[layer][:, h]
-    chosen = wire.choose(one, asks, 9)
-    for b in (0, 1):
-        there, kept = one.held[layer][0, h], one.kept[layer][0, h]
-        looks = torch.zeros(602).index_add_(0, kept[there], score[b, :len(kept)][there])[2:]
-        around = lambda x, wide: torch.nn.functional.avg_pool1d(x, wide, 1, wide // 2)
-        expected = (2 * (around(looks[None] / looks.sum(), 33) * 600 + 0.1).log()).softmax(1)
-        close, = highest(around(expected, model.AROUND), 128)
-        assert {*chosen.rows([b]).of_tokens(600, 2).nonzero()[:, 0].tolist()} <= {*close}
-    alone = wire.choose(one.rows([0]), asks[:1], 9)
-    assert torch.equal(alone.of_tokens(600, 2), chosen.rows([0]).of_tokens(600, 2))
-
-
-def test_a_finder_is_fitted_to_where_answers_stand_in_long_texts(tiny, monkeypatch):
-    monkeypatch.setattr(train, "LONG", 60)
-    wire, prompt, _ = make_wire(tiny, scope="asked", ratio=2.0)
-    items = prompt.items(synthetic("train", 60))
-    plan = SimpleNamespace(groups=data.group_by_context(items))
-    for number in (plan.groups[0][0], plan.groups[1][-1]):  # cut otherwise than the others on its text
-        items[number] = replace(items[number], context=items[number].context[:-4])
-    run, seen = SimpleNamespace(wire=wire, items=items, plan=plan, config=Config(seed=3)), []
-    for text, asked, begin in train.texts_to_search(run, seen.append):
-        assert len(asked) <= 10 and begin.shape == (len(asked), len(text)) and len(text) <= 4 * 60
-        for item, row in zip(asked, begin):
-            at, whole = row.nonzero()[:, 0].tolist(), prompt.tokenizer.decode(text)
-            assert at and item.example.context[:60] in whole
-            for t in at:
-                assert text[t:t + len(item.answer) - 1].tolist() == item.answer[:-1].tolist()
-                assert prompt.tokenizer.decode(text[:t]) + " " + item.example.answers[0] in whole
-    assert len(seen) > 3
-    train.fit_finder(run, seen.append)
-    first = wire.finder
-    train.fit_finder(run, seen.append)
-    assert first.shape == (9,) and first.abs().max() > 0.05 and torch.equal(first, wire.finder)
-    monkeypatch.setattr(train, "LONG", 10_000)
-    train.fit_finder(run, seen.append)
-    assert wire.finder is None  # no text is that long
-
-
 def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
     lm, tokenizer = load_lm(tiny, device="cpu")
     words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
@@ -1341,7 +1271,7 @@ def note_dev(path, name, lm, tokenizer, prompt, items, wire):
 def equal(*folders, atol=0.0):
     """Whether two runs have trained the same weights."""
     a, b = (load_file(folder / "ckpt" / "last" / "model.safetensors") for folder in folders)
-    far = {"predictor": 1000, "finder": 1000}  # times atol: they are fitted to logarithms
+    far = {"predictor": 1000}  # times atol: it is fitted to logarithms
     return a.keys() == b.keys() and all(
         torch.allclose(a[name], b[name], rtol=0, atol=far.get(name, 1) * atol) for name in a)
 
@@ -1380,7 +1310,6 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
     texts, questions = [item.context for item in items], [item.question for item in items]
     wire.rarity.copy_(rarity(texts, questions, prompt.around, len(wire.rarity)))
     wire.fit_predictor(texts[:1])
-    wire.finder = torch.rand(9) if changes.get("scope") == "asked" else None
     for dtype in (torch.float32, torch.float16):
         save_checkpoint(tmp_path / "ck", wire, dtype=dtype)
         saved, lm = read_checkpoint(tmp_path / "ck"), load_lm(tiny, device="cpu")[0]
@@ -1725,22 +1654,12 @@ def test_several_processes_equal_one(tiny, tmp_path, scope):
     assert a == b
 
 
-def count_as_long():
-    """Let some of the synthetic passages be long texts, of which a question sees a part."""
-    model.LONG = train.LONG = 110
-    model.NEARBY = 40
-
-
-def test_training_does_not_depend_on_the_finders_that_evaluations_fit(tiny, tmp_path):
-    """Nor do processes that share an LM wait for one another where only one has a long text."""
-    flags = ["train", "--lm", tiny, *FLAGS, "--scope", "asked", "--ratio", "2", "--samples", "48", "--lr", "1e-3"]
-    launch(*flags, "--out", tmp_path / "one", hooks=[count_as_long])
-    launch(*flags, "--eval_every", "2", "--out", tmp_path / "often", hooks=[count_as_long])
-    launch(*flags, "--shard", "--out", tmp_path / "shard", world=2, hooks=[count_as_long])
-    assert "finder" in load_file(tmp_path / "one" / "ckpt" / "best" / "model.safetensors")
-    assert equal(tmp_path / "one", tmp_path / "often") and equal(tmp_path / "one", tmp_path / "shard", atol=1e-5)
-    launch(*flags, "--out", tmp_path / "whole")
-    assert not equal(tmp_path / "one", tmp_path / "whole", atol=1e-4)  # some were long
+def test_processes_that_share_an_lm_read_equally_often(tiny, tmp_path):
+    """Also where one has texts of which all tokens are latents, which nothing has to choose, and the other has not."""
+    flags = ["train", "--lm", tiny, *FLAGS, "--ramp", "0", "--latents", "100", "--samples", "96", "--lr", "1e-3"]
+    launch(*flags, "--out", tmp_path / "one")
+    launch(*flags, "--shard", "--out", tmp_path / "shard", world=2)
+    assert equal(tmp_path / "one", tmp_path / "shard", atol=1e-5)
 
 
 def test_steps_that_are_not_finite(tiny, tmp_path):

@@ -25,21 +25,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import Parser, UserError, append_line, first_process, log, read_lines, run_main, write_atomic
-from data import (PAD, Prompt, begin_at, by_article, epoch_plan, group_by_context, grouped, join_paragraphs, load_data,
-                  pad)
+from data import Prompt, by_article, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
-from model import LONG, QUESTIONS, LatentWire, WireConfig, budgets, check_config, option, rarity, weigh_clues
+from model import LatentWire, WireConfig, budgets, check_config, option, rarity
 from rows import evaluate_row, kept_tokens, own_row, summary
-from store import check_lm, encode, load_trained, read_checkpoint, read_last_good, save_checkpoint
+from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
 try:
     import fcntl
@@ -59,8 +56,8 @@ class Config(WireConfig):
                           "chance fewer; 0: one. For articles and books, with --ratio 8 and --pack 16")
     eval_samples: int = option(200, "questions of the fixed dev slice")
     # optimizer
-    epochs: int = option(20, "passes over the samples; 0, with --start: fit predictor and finder to those "
-                             "weights and answer the dev slice")
+    epochs: int = option(20, "passes over the samples; 0, with --start: fit the predictor to those weights "
+                             "and answer the dev slice")
     minutes: float = option(0.0, "end after that long, the learning rate with it; 0: epochs alone decide")
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
@@ -651,59 +648,6 @@ def texts_to_fit(run, watch):
         yield run.wire.layout.source(run.items[group[0]])
 
 
-def texts_to_search(run, watch):
-    """[(text (T,), Items of at most 10 questions on it, (n, T) bool where the answer to each begins), ...]: as many
-    training texts as make a long one, of one article where there are titles and room, in the same order at every call;
-    watch(0) before each."""
-    items, texts, room = run.items, [], -1
-    context = lambda group: items[group[0]].context  # a longer question may have cut it shorter
-    for group in sorted(run.plan.groups, key=lambda group: items[group[0]].example.title):
-        room -= len(context(group))
-        if room < 0:
-            texts.append([])
-            room = 4 * LONG - len(context(group))
-        texts[-1].append(group)
-    rng = random.Random(run.config.seed)
-    for groups in rng.sample(texts, len(texts)):
-        watch(0)
-        parts, chosen, where = [context(group) for group in groups], [], []
-        ends = np.cumsum([len(part) for part in parts])
-        asked = [(part, end, number) for part, end, group in zip(parts, ends, groups) for number in group]
-        for part, end, number in rng.sample(asked, len(asked)):
-            begin = np.zeros(ends[-1], bool)
-            begin[end - len(part):end] = begin_at(part, items[number].answer[:-1])  # without its end token
-            if begin.any():
-                chosen.append(items[number])
-                where.append(begin)
-            if len(chosen) == 10:
-                break
-        if chosen:
-            yield np.concatenate(parts), chosen, torch.from_numpy(np.stack(where))
-
-
-@torch.no_grad()
-def fit_finder(run, watch):
-    """Fit by what a question finds its place in a long text, to some training questions; where there are no long texts,
-    or no question chooses, a wire has no such finder."""
-    wire, found, n = run.wire, [], 0
-    wire.finder = None
-    if not wire.layout.late:
-        return
-    for text, items, begin in texts_to_search(run, watch):
-        if len(text) <= LONG:
-            continue
-        document = encode(wire, text, wire.stored(len(text)))
-        asks = pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device)
-        clues = torch.cat([clue[..., ::16] for clue in wire.clues(document, asks)], 1)
-        near = F.max_pool1d(begin.float(), 33, 1, 16) > 0
-        found.append((clues, near[:, ::16].to(clues.device)))
-        n += len(items)
-        if n >= QUESTIONS:
-            break
-    if found:
-        wire.finder = weigh_clues(found)
-
-
 def evaluate(run):
     """Dev F1 of the wire's own row, once what is needed can be predicted; keeps the best checkpoint. Every process
     answers all of the questions, so that none waits for another. Returns whether a signal ended it, in all alike."""
@@ -718,10 +662,8 @@ def evaluate(run):
     run.wire.eval()
     try:
         run.wire.fit_predictor(texts_to_fit(run, watch))
-        fit_finder(run, watch)
-        for fitted in (run.wire.predictor, run.wire.finder):
-            if run.world > 1 and fitted is not None:  # a bit may decide what is kept, and how long they work
-                dist.broadcast(fitted, 0)
+        if run.world > 1 and run.wire.predictor is not None:  # a bit may decide what is kept, and how long they work
+            dist.broadcast(run.wire.predictor, 0)
         scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire,
                                       bar=SimpleNamespace(update=watch)))
     except Stopped:
@@ -769,7 +711,7 @@ def train(config, rank, world, device, dtype, why, stack):
     began, window, ticked = time.time() - state.elapsed, [], time.time()
     progress, stop = clock(run, began)
     while progress < 1 and not stop:
-        run.wire.predictor = run.wire.finder = None  # they go with the weights that they were fitted to
+        run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
         done = train_step(run, progress, window)
