@@ -413,8 +413,11 @@ class Tensors:
     """What a dataclass of tensors can do."""
 
     def map(self, of):
-        """The same with `of` done to every tensor in it."""
-        each = lambda x: x.map(of) if isinstance(x, Tensors) else of(x) if torch.is_tensor(x) else x
+        """The same with `of` done to every tensor in it, also in lists."""
+        def each(x):
+            if isinstance(x, list):
+                return [each(y) for y in x]
+            return x.map(of) if isinstance(x, Tensors) else of(x) if torch.is_tensor(x) else x
         return type(self)(*map(each, vars(self).values()))
 
     def to(self, device):

@@ -40,7 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from data import LATENT, PAD, continuations, lay_source, pack, pad
+from data import LATENT, PAD, Tensors, continuations, lay_source, pack, pad
 from lm import (Tape, add_lora, behind, check_length, embed, head, importance, lm_identity, masks, turn,
                 turning_layers, use_lora)
 from losses import wire_loss
@@ -210,7 +210,7 @@ def ridge(square, cross):
 # The wire
 
 @dataclass
-class Latents:
+class Latents(Tensors):
     """What the reader gets of B documents. Wire kv: keys and values, a tensor (B, heads, N, d_head) a layer. Wire
     embeds: prefix (B, M, d), and the text before it is text."""
     length: object   # (B,) how many places a head holds on average: the position of the first token behind them
@@ -236,15 +236,11 @@ class Latents:
 
     def rows(self, number):
         """The Latents of the documents number (B',), in that order."""
-        return self._each(lambda x: x[number])
+        return self.map(lambda x: x[number])
 
     def for_each(self, B):
         """The Latents of one document as those of B, of which none is a copy; those of B as they are."""
-        return self._each(lambda x: x.expand(B, *x.shape[1:]))
-
-    def _each(self, of):
-        pick = lambda x: [of(y) for y in x] if isinstance(x, list) else of(x) if torch.is_tensor(x) else x
-        return Latents(*map(pick, vars(self).values()))
+        return self.map(lambda x: x.expand(B, *x.shape[1:]))
 
     def packed(self, widths=None):
         """The same without the places that no head of a layer holds: what is stored, and read at least cost. A layer
@@ -457,7 +453,7 @@ class LatentWire(nn.Module):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
         a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
         distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
-        H, B, alone = len(self.layout.before), len(asks), len(latents.length) == 1
+        H, B = len(self.layout.before), len(asks)
         if latents.width - H <= LONG:
             return latents.for_each(B)
         text, around = latents.ids[:, H:], torch.from_numpy(self.prompt.around).long().to(asks.device)
@@ -467,8 +463,8 @@ class LatentWire(nn.Module):
         latents = latents.for_each(B)
         held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
                 for there, kept in zip(latents.held, latents.kept)]
-        latents, wide = replace(latents, held=held), H + (NEARBY if alone else LONG)
-        # In training no GPU is asked, and of several documents one may be short.
+        latents = replace(latents, held=held)
+        wide = H + (NEARBY if len(text) == 1 else LONG)  # in training no GPU is asked; of several one may be short
         return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
 
     def choose(self, latents, asks, M=None):

@@ -195,7 +195,7 @@ def save_document(path, document, kind, saved, identity, source):
             tensors |= {"kept": flat(latents.kept).to("cpu", torch.int32), "ids": latents.ids[0].to("cpu", torch.int32)}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
-        tensors |= {name: codes.contiguous()} | ({} if scales is None else {f"{name}_scales": scales.contiguous()})
+        tensors |= {name: codes} | ({} if scales is None else {f"{name}_scales": scales})
     about = {"format": DOCUMENT, "kind": kind, "before": str(document.before), "width": str(latents.width),
              "ckpt_sha256": saved.checksum, "lm": json.dumps(identity), "title": document.title,
              "source_sha256": hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()}
