@@ -118,6 +118,7 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # Which words tell a place
 
 NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
+AT_ONCE = 8192           # tokens of a text are embedded at once: of a book all would be gigabytes
 
 
 def rarity(texts, questions, around, vocabulary):
@@ -147,7 +148,8 @@ def nearness(lm, question, context, rarity):
     text = (context != PAD)[:, None]                                              # (B or 1, 1, T)
     mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not
     with torch.autocast(context.device.type, enabled=False):  # bf16 has many equals
-        alike = (unit(question) @ unit(context).mT).clamp(min=0) ** 2 * text      # (B, Q, T)
+        parts = [unit(question) @ unit(part).mT for part in context.split(AT_ONCE, 1)]
+        alike = torch.cat(parts, 2).clamp(min=0) ** 2 * text                      # (B, Q, T)
         near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
         weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
         return ((weight / weight.sum(1, keepdim=True).clamp(min=1e-6))[:, None] @ near * text).squeeze(1)

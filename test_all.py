@@ -916,8 +916,9 @@ def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
     assert {*words[36:46]} < {*kept} and kept.tolist() == [word for word in words if word in kept] and len(kept) == 33
 
 
-def test_a_word_tells_a_place_where_it_is_rare_and_near():
-    """What stands around every question is never rare; a text's last word counts over the places that there are."""
+def test_a_word_tells_a_place_where_it_is_rare_and_near(monkeypatch):
+    """What stands around every question is never rare; a text's last word counts over the places that there are; a long
+    text is embedded in parts."""
     got = rarity([np.arange(1000)], [np.array([7, 1001, 1001, 8])], np.array([7, 8]), 1100)
     assert got[[7, 8, 5, 1001]].tolist() == pytest.approx([0, 0] + [math.log(0.01 / (n / 1004 + 1e-5)) for n in (1, 2)])
     lm = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding.from_pretrained(torch.eye(40)))
@@ -928,6 +929,8 @@ def test_a_word_tells_a_place_where_it_is_rare_and_near():
     assert torch.allclose(batch[0, :100], one) and not batch[0, 100:].any() and batch[1, 100:].any()
     assert one[-1].item() == pytest.approx(0.5) and one[:58].max() == 0  # one of two words; 8 is not in this text
     assert two[50].item() == pytest.approx(1.0, abs=0.05) and two[0].item() == pytest.approx(1 / 51, abs=0.01)
+    monkeypatch.setattr("model.AT_ONCE", 7)
+    assert torch.equal(nearness(lm, words, torch.tensor([texts[1]]), torch.ones(40))[0], two)
 
 
 def test_how_many_latents(tiny):
