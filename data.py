@@ -328,6 +328,7 @@ class Prompt:
                                                                      "\nQuestion:", "\n"])
         self.around = np.concatenate([*around, self.post, self.anchor, self.cue])  # every question
         self.end = tokenizer.eos_token_id
+        self.none = np.append(*self.tokenize([" none"]), np.int32(self.end))  # the answer where none can be seen
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
     def _around_user(self):
@@ -453,7 +454,9 @@ class Batch(Tensors):
     source: object = None  # Source, where an encoder reads
     document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
     asks: object = None    # (B, R) token ids that choose them, PAD right,
-    sees: int = 0          # and how many
+    sees: int = 0          # how many,
+    shown: object = None   # (B, T) which tokens of its text they may come from,
+    most: int = 0          # and of how many at most
 
 
 def pack(rows, starts=None):
@@ -481,6 +484,15 @@ def pack(rows, starts=None):
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
                  *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), torch.from_numpy(ends[:-1]),
                  len(targets[0]), int(ends[-1]), len(targets[1]))
+
+
+def begins(words, text):
+    """(T,) bool: where in a text (T,) such words (n,) begin, token ids each."""
+    found = np.zeros(len(text), bool)
+    if len(words) <= len(text):
+        same = np.lib.stride_tricks.sliding_window_view(text, len(words)) == words
+        found[:len(same)] = same.all(1)
+    return found
 
 
 def continuations(prompt, item, count, rng, cue=4, length=20):

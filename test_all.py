@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -60,8 +61,8 @@ from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
-from model import (RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity,
-                   traits)
+from model import (HIDDEN, LONG, RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place,
+                   nearness, rarity, traits)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
@@ -890,8 +891,6 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert one.ids[0, 2:].tolist() == text.tolist() and one.width == 602 and one.ids.shape == (1, 602)
     chosen = wire.choose(one, data.pad(asks, data.PAD), 9)
     assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] < 130
-    assert wire.train().choose(one, data.pad(asks, data.PAD), 9).keys[0].shape[2] == 130  # no GPU is asked
-    wire.eval()
     for b, at in enumerate((450, 100)):
         ids = torch.from_numpy(text)[None].long()
         close, = highest(nearness(wire.lm, ids[:, at:at + 2], ids, wire.rarity), 128)
@@ -908,6 +907,35 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert torch.equal(among.rows([1]).of_tokens(600, 2), copies.rows([1]).of_tokens(600, 2))
     alone = wire.choose(wire.encode(wire.source([short], [200])), ask_[:1], 9)
     assert torch.equal(among.rows([0]).of_tokens(200, 2), alone.of_tokens(200, 2))
+
+
+def test_training_says_none_where_no_answer_is_to_be_seen(tiny):
+    """Half of a long text's questions find it hidden; of a short one's none."""
+    wire, prompt, _ = make_wire(tiny, scope="asked", max_prompt_tokens=700)
+    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:600].astype(np.int32)
+    wire.rarity.fill_(1.0)[torch.from_numpy(prompt.around).long()] = 0
+    item = lambda at, text: Item(None, text, words[at:at + 2], np.append(words[at + 9:at + 11], prompt.end))
+    rows = [[item(at, words[:size]) for at in range(30, size - 50, 5)] for size in (200, 300, 600)]
+    batch = wire.train().collate(rows, wire.stored, 4, hide=random.Random(1))
+    assert batch.shown.shape == (len(batch.ids), 600) and batch.most == 300 and batch.shown[-1].sum() == 128
+    starts = [*batch.first.tolist(), len(batch.label)]
+    said = [batch.label[a:b].tolist() for a, b in itertools.pairwise(starts)]
+    kinds = Counter()
+    for each, answer, shown in zip(sum(rows, []), said, batch.shown):
+        at = int(np.flatnonzero(words == each.answer[0])[0])
+        seen, T = shown[at:at + 2].all().item(), len(each.context)
+        assert answer == (each.answer if seen else prompt.none).tolist()
+        assert seen or not shown[at - HIDDEN:at + 2 + HIDDEN].any()  # or the text would be long, and this far
+        assert shown.sum() == (T - 2 * HIDDEN - 2 if T == 300 and not seen else min(T, 128 if T > LONG else T)), T
+        kinds[T, seen] += 1
+    share = lambda T: kinds[T, False] / (kinds[T, False] + kinds[T, True])
+    assert share(200) == 0 and 0.3 < share(300) < 0.7 and 0.3 < share(600) < 0.7
+    latents = wire.latents(batch)
+    assert latents.keys[0].shape[2] == 2 + 300  # no GPU is asked
+    far = [b for b in range(len(said)) if batch.shown[b].sum() < 300][:4]
+    assert all(not latents.rows([b]).of_tokens(600, 2)[~batch.shown[b]].any() for b in far)
+    plain = wire.collate(rows, wire.stored, 4)  # nothing is hidden where a teacher reads all of it
+    assert plain.label.tolist() == np.concatenate([each.answer for each in sum(rows, [])]).tolist()
 
 
 def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):

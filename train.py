@@ -557,7 +557,7 @@ def make_batch(run, rows, M, rng, progress):
                            [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
     share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
     count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
-    batch = wire.collate(rows, count, M, kept, config.continuations, rng)
+    batch = wire.collate(rows, count, M, kept, config.continuations, rng, None if config.kd else rng)
     if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
         batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
