@@ -41,6 +41,7 @@ SQUAD_SHA256 = {
 }
 LATENT = -1  # stands in a row of token ids where a latent goes
 PAD = -2     # stands where nothing is
+NONE = "none"  # the answer where none can be seen
 SYSTEM = "You answer questions about the given context. Reply with the shortest span that answers, and nothing else."
 
 
@@ -328,7 +329,7 @@ class Prompt:
                                                                      "\nQuestion:", "\n"])
         self.around = np.concatenate([*around, self.post, self.anchor, self.cue])  # every question
         self.end = tokenizer.eos_token_id
-        self.none = np.append(*self.tokenize([" none"]), np.int32(self.end))  # the answer where none can be seen
+        self.none = np.append(*self.tokenize([f" {NONE}"]), np.int32(self.end))
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
     def _around_user(self):

@@ -482,9 +482,10 @@ class LatentWire(nn.Module):
             for place in at if hide.random() < 0.5 else ():
                 row[max(0, place - HIDDEN):place + len(answer) - 1 + HIDDEN] = True
             row &= row.sum() < len(text) / 2  # words that are everywhere tell nothing
-        asks, device = pad([ask for ask, _ in asked], PAD), self.lm.device
-        ids = torch.from_numpy(text)[None].long()
-        shown = self.nearest(asks.to(device), ids.to(device), hidden.to(device)).cpu()
+        shown = ~hidden
+        if len(text) > LONG:
+            asks, ids = pad([ask for ask, _ in asked], PAD), torch.from_numpy(text)[None].long()
+            shown = self.nearest(*(x.to(self.lm.device) for x in (asks, ids, hidden))).cpu()
         tells = [not hide or not at or any(row[place:place + len(answer) - 1].all() for place in at)
                  for row, at, (_, answer) in zip(shown, where, asked)]
         return [(ask, answer if told else self.prompt.none) for told, (ask, answer) in zip(tells, asked)], list(shown)

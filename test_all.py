@@ -2653,6 +2653,21 @@ def test_what_answers_about_an_article_read(tiny):
     assert told == {"nearest": row}
 
 
+def test_articles_count_who_is_told_none(tiny, monkeypatch):
+    wire, prompt, _ = make_wire(tiny, scope="asked")
+    examples = [replace(example, title=f"article {n // 40}") for n, example in enumerate(synthetic("train", 160))]
+
+    def answers(wire, text, items):  # "none" to the first question, and to all of another article
+        own = lambda item: item is not items[0] and item.example.title == items[0].example.title
+        return {"4 seen": [item.example.answers[0] if own(item) else "none" for item in items]}
+    monkeypatch.setattr(bench, "wire_of_texts", lambda args, text_too: wire)
+    monkeypatch.setattr(bench, "load_data", lambda *given: examples)
+    monkeypatch.setattr(bench, "article_answers", answers)
+    got = bench.bench_articles(SimpleNamespace(data="x", lengths="200", samples=14))[200]
+    assert got["n"] == 14 and sorted(got["f1"]["4 seen"]) == [0.0] * 3 + [1.0] * 11
+    assert sum(got["none"]["here"]) == 3 and len(got["none"]["here"]) == 14 and got["none"]["elsewhere"] == [1.0] * 9
+
+
 def test_bytes_are_counted_while_they_are_held():
     given, held = torch.ones(250), []
 
