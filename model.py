@@ -458,15 +458,16 @@ class LatentWire(nn.Module):
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
-    def nearest(self, asks, text, hidden=None):
+    def nearest(self, asks, text, there=None):
         """Which tokens of texts (B, T), or (1, T) where all are about one, the latents come from that a question asks
         (B, S) chooses among, token ids with PAD right: (B, T) bool. Of a long text they are the tokens nearest to its
         words, for among all of them the LM is easily distracted; a question without a word that tells a place gets the
-        first ones. hidden (B, T): tokens that are not there."""
+        first ones. there (B, T): the tokens that may be among them (default: all)."""
         around = torch.from_numpy(self.prompt.around).long().to(asks.device)
         near = nearness(self.lm, asks.masked_fill(torch.isin(asks, around), PAD), text, self.rarity)
-        there = (text != PAD).expand_as(near) if hidden is None else (text != PAD) & ~hidden
-        most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
+        real = text != PAD
+        there = real & (there if there is not None else True)
+        most = torch.where(real.sum(1) > LONG, NEARBY, LONG)[:, None]
         return there & (places(near.masked_fill(~there, -1)) < most)
 
     def shown(self, text, asked, hide=None):
@@ -475,20 +476,21 @@ class LatentWire(nn.Module):
         NEARBY tokens half of the questions find the answer hidden and what stands around it; and where no answer is to
         be seen, it becomes "none" (questions without one: SQuAD 2.0, arXiv 1806.03822; in parts of a text: arXiv
         1710.10723)."""
-        hidden = torch.zeros(len(asked), len(text), dtype=torch.bool)
+        found, shown = [], torch.ones(len(asked), len(text), dtype=torch.bool)
         where = [np.flatnonzero(begins(answer[:-1], text)).tolist() for _, answer in asked]
-        hide = hide if len(text) >= 2 * NEARBY else None
-        for row, at, (_, answer) in zip(hidden, where, asked) if hide else ():
-            for place in at if hide.random() < 0.5 else ():
-                row[max(0, place - HIDDEN):place + len(answer) - 1 + HIDDEN] = True
-            row &= row.sum() < len(text) / 2  # words that are everywhere tell nothing
-        shown = ~hidden
+        hiding = hide is not None and len(text) >= 2 * NEARBY
+        for row, at, (_, answer) in zip(shown, where, asked):
+            if hiding and hide.random() < 0.5:
+                for place in at:
+                    row[max(0, place - HIDDEN):place + len(answer) - 1 + HIDDEN] = False
+                row |= row.sum() < len(text) / 2  # words that are everywhere tell nothing
         if len(text) > LONG:
             asks, ids = pad([ask for ask, _ in asked], PAD), torch.from_numpy(text)[None].long()
-            shown = self.nearest(*(x.to(self.lm.device) for x in (asks, ids, hidden))).cpu()
-        tells = [not hide or not at or any(row[place:place + len(answer) - 1].all() for place in at)
-                 for row, at, (_, answer) in zip(shown, where, asked)]
-        return [(ask, answer if told else self.prompt.none) for told, (ask, answer) in zip(tells, asked)], list(shown)
+            shown = self.nearest(*(x.to(self.lm.device) for x in (asks, ids, shown))).cpu()
+        for row, at, (ask, answer) in zip(shown, where, asked):
+            seen = any(row[place:place + len(answer) - 1].all() for place in at)
+            found.append((ask, self.prompt.none if hiding and at and not seen else answer))
+        return found, list(shown)
 
     def choose(self, latents, asks, M=None, shown=None, most=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
