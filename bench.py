@@ -467,7 +467,8 @@ def bench_articles(args):
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
                      ", ".join(f"{100 * np.mean(np.array(f1[first])[third == k]):.0f}" if (third == k).any()
                                else "-" for k in range(3)),
-                     *(spread(values) if values else "-" for values in none.values() if wire.layout.late)])
+                     *(f"{spread(said)}, n = {len(said)}" if said else "-" for said in none.values()
+                       if wire.layout.late)])
         log(f"articles: {T} tokens done")
     said = [f"{first}: says none", "to another article's"] if wire.layout.late else []
     table(["tokens", "n", *f1, f"{first}: first, middle, last third", *said], rows)

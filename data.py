@@ -490,7 +490,7 @@ def pack(rows, starts=None):
 def begins(words, text):
     """(T,) bool: where in a text (T,) such words (n,) begin, token ids each."""
     found = np.zeros(len(text), bool)
-    if len(words) <= len(text):
+    if 0 < len(words) <= len(text):
         same = np.lib.stride_tricks.sliding_window_view(text, len(words)) == words
         found[:len(same)] = same.all(1)
     return found

@@ -473,9 +473,10 @@ class LatentWire(nn.Module):
     def shown(self, text, asked, hide=None):
         """What a training step shows of a text (T,) to those asked about it, [(a question's token ids, its answer's),
         ...]: ([the same], [which tokens, (T,) bool, ...]). hide: random numbers, by which in a text of at least twice
-        NEARBY tokens half of the questions find the answer hidden and what stands around it; and where no answer is to
-        be seen, it becomes "none" (questions without one: SQuAD 2.0, arXiv 1806.03822; in parts of a text: arXiv
-        1710.10723)."""
+        NEARBY tokens half of the questions find the answer hidden and what stands around it; and where none of the
+        answer's places is to be seen, it becomes "none" (questions without an answer: SQuAD 2.0, arXiv 1806.03822; in
+        parts of a text: arXiv 1710.10723). Of 1 in 20 the tokens are nowhere: theirs stays. Of a text of more than LONG
+        tokens a GPU is asked."""
         found, shown = [], torch.ones(len(asked), len(text), dtype=torch.bool)
         where = [np.flatnonzero(begins(answer[:-1], text)).tolist() for _, answer in asked]
         hiding = hide is not None and len(text) >= 2 * NEARBY
@@ -502,11 +503,12 @@ class LatentWire(nn.Module):
             shown = self.nearest(asks, latents.ids[:, H:])
         latents = latents.for_each(len(asks))
         if shown is not None:
-            stays = F.pad(shown, (H, latents.width - H - shown.shape[1]), value=True)[:, None]  # (B, 1, width)
+            stays = F.pad(shown, (H, 0), value=True)[:, None]  # (B, 1, width)
             held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
                     for there, kept in zip(latents.held, latents.kept)]
-            widths = most and [min(there.shape[-1], H + most) for there in held]
-            latents = replace(latents, held=held).packed(widths)
+            latents = replace(latents, held=held)
+            if not most or most < latents.width - H:  # else nothing would go
+                latents = latents.packed(most and [min(there.shape[-1], H + most) for there in held])
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
         need = for_question(latents.need, self.looked_at(latents, asks), latents.kept)
         return replace(latents, held=best(need, latents.held, H, count, each=False))

@@ -636,7 +636,7 @@ def test_packed_loss_equals_one_by_one(tiny, changes):
 def test_a_training_pass_asks_no_tensor_for_its_value_and_leaves_its_device(tiny, changes, monkeypatch):
     """A GPU would have to be waited for, or would refuse. Tensors without values are on a device of their own, where
     .item(), a mask as an index and whatever is left on the CPU fail."""
-    monkeypatch.setattr("model.LONG", 20)  # so that questions of scope asked find their places, too
+    monkeypatch.setattr("model.LONG", 20)  # so that what questions of scope asked do not see is left out, too
     monkeypatch.setattr("model.NEARBY", 10)
     monkeypatch.setattr("torch.autocast", lambda *given, **named: contextlib.nullcontext())  # there is none for meta
     wire, prompt, items = make_wire(tiny, **changes)

@@ -74,7 +74,7 @@ class Config(WireConfig):
     tf: float = option(1.0, "weight of the answer's cross-entropy")
     kce: float = option(0.0, "weight of the cross-entropy of the first K tokens")
     first: float = option(3.0, "weight of the first token's cross-entropy")
-    kd: float = option(0.0, "weight of the distillation from the LM that reads the text")
+    kd: float = option(0.0, "weight of the distillation from the LM that reads the text; then no answer becomes none")
     more: float = option(0.3, "weight of the continuations' cross-entropy")
     entropy: float = option(0.5, "weight of the first-token entropy of the batch mean")
     K: int = option(4, "tokens of kce and kd")
