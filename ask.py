@@ -11,8 +11,7 @@ Ask a document of any length: its text is encoded into latents once, then every 
     python ask.py --ckpt CKPT --load a.safetensors b.safetensors                 # says whose memory it looked at
     python ask.py --ckpt CKPT --context FILE.txt --export DIR                    # for transformers, PEFT and vLLM
 
-Answers go to stdout, everything else to stderr: how sure the LM is of an answer, and the words that it needed most. A
-wire of scope asked that was trained on long texts says "none" where it sees no answer.
+Answers go to stdout, everything else to stderr: how sure the LM is of an answer, and the words that it needed most.
 """
 import contextlib
 import importlib

@@ -67,7 +67,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
-from data import NONE, PAD, Prompt, group_by_context, load_data
+from data import PAD, Prompt, group_by_context, load_data
 from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
 from model import Latents, LatentWire, WireConfig, budgets, every_place
 from report import markdown_table, percent
@@ -435,13 +435,12 @@ def article_answers(wire, text, items):
 
 @torch.no_grad()
 def bench_articles(args):
-    """A text is the first paragraphs of an article; up to five questions of each, on any paragraph. A wire whose
-    questions choose is also asked those of the article before, which it should say "none" to."""
+    """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
     wire, articles, result, rows = wire_of_texts(args, text_too=True), {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
     for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
-        rng, f1, none, strangers, at = random.Random(T), {}, {"here": [], "elsewhere": []}, (), []
+        rng, f1, at = random.Random(T), {}, []
         for title in rng.sample(sorted(articles), len(articles)):
             if len(at) >= args.samples:
                 break
@@ -450,28 +449,19 @@ def bench_articles(args):
                 continue
             items, places = zip(*rng.sample(asked, min(5, len(asked), args.samples - len(at))))
             at += places
-            answered = article_answers(wire, text, [*items, *strangers])
-            for name, answers in answered.items():
+            for name, answers in article_answers(wire, text, items).items():
                 f1.setdefault(name, []).extend(f1_score(answer, item.example.answers)
                                                for answer, item in zip(answers, items))
-            if wire.layout.late:
-                said = [float(answer == NONE) for answer in next(iter(answered.values()))]
-                none["here"] += said[:len(items)]
-                none["elsewhere"] += said[len(items):]
-                strangers = items
         if not at:
             raise UserError(f"--data {args.data} has no article of {T} tokens that hold a whole paragraph; give other "
                             "--lengths")
         third, first = np.minimum((3 * np.array(at)).astype(int), 2), next(iter(f1))
-        result[T] = {"n": len(at), "f1": f1, "place": at} | ({"none": none} if wire.layout.late else {})
+        result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
                      ", ".join(f"{100 * np.mean(np.array(f1[first])[third == k]):.0f}" if (third == k).any()
-                               else "-" for k in range(3)),
-                     *(f"{spread(said)}, n = {len(said)}" if said else "-" for said in none.values()
-                       if wire.layout.late)])
+                               else "-" for k in range(3))])
         log(f"articles: {T} tokens done")
-    said = [f"{first}: says none", "to another article's"] if wire.layout.late else []
-    table(["tokens", "n", *f1, f"{first}: first, middle, last third", *said], rows)
+    table(["tokens", "n", *f1, f"{first}: first, middle, last third"], rows)
     return result
 
 

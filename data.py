@@ -41,7 +41,6 @@ SQUAD_SHA256 = {
 }
 LATENT = -1  # stands in a row of token ids where a latent goes
 PAD = -2     # stands where nothing is
-NONE = "none"  # the answer where none can be seen
 SYSTEM = "You answer questions about the given context. Reply with the shortest span that answers, and nothing else."
 
 
@@ -329,7 +328,6 @@ class Prompt:
                                                                      "\nQuestion:", "\n"])
         self.around = np.concatenate([*around, self.post, self.anchor, self.cue])  # every question
         self.end = tokenizer.eos_token_id
-        self.none = np.append(*self.tokenize([f" {NONE}"]), np.int32(self.end))
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
     def _around_user(self):
@@ -455,9 +453,7 @@ class Batch(Tensors):
     source: object = None  # Source, where an encoder reads
     document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
     asks: object = None    # (B, R) token ids that choose them, PAD right,
-    sees: int = 0          # how many,
-    shown: object = None   # (B, T) which tokens of its text they may come from,
-    most: int = 0          # and of how many at most
+    sees: int = 0          # and how many
 
 
 def pack(rows, starts=None):
@@ -485,15 +481,6 @@ def pack(rows, starts=None):
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
                  *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), torch.from_numpy(ends[:-1]),
                  len(targets[0]), int(ends[-1]), len(targets[1]))
-
-
-def begins(words, text):
-    """(T,) bool: where in a text (T,) such words (n,) begin, token ids each."""
-    found = np.zeros(len(text), bool)
-    if 0 < len(words) <= len(text):
-        same = np.lib.stride_tricks.sliding_window_view(text, len(words)) == words
-        found[:len(same)] = same.all(1)
-    return found
 
 
 def continuations(prompt, item, count, rng, cue=4, length=20):

@@ -26,12 +26,11 @@ Words, one meaning each:
     scope          what is latents and what stays text, as a Layout (data.py)
     stored, seen   how many latents a document has, and how many of them a question sees. They differ in scope asked
                    alone: a document is stored at --ratio, and of it a question sees M, of a long one M of those that
-                   stand near its words (`nearest`). Where these cannot tell, the answer is "none" (`shown`)
+                   stand near its words (`nearby`)
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
 tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
 """
-import itertools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -39,10 +38,9 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError
-from data import LATENT, PAD, Tensors, begins, continuations, lay_source, pack, pad
+from data import LATENT, PAD, Tensors, continuations, lay_source, pack, pad
 from lm import (Tape, add_lora, behind, check_length, embed, head, importance, lm_identity, masks, turn,
                 turning_layers, use_lora)
 from losses import wire_loss
@@ -120,7 +118,6 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # Which words tell a place
 
 NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
-HIDDEN = 32              # tokens on either side of an answer that training hides with it
 AT_ONCE = 8192           # tokens of a text are embedded at once: of a book all would be gigabytes
 
 
@@ -352,10 +349,10 @@ class LatentWire(nn.Module):
         asks = [self.layout.asks(item) for item in items] if self.layout.asks else None
         return lay_source(self.layout.before, texts, counts, self.prompt.repeat, asks)
 
-    def collate(self, rows, count, M=None, kept=None, extra=0, rng=None, hide=None):
+    def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
         M: how many a question sees; kept: for --wire tokens the context's tokens of each row; extra: continuations a
-        row, at places from rng; hide: random numbers, see `shown`."""
+        row, at places from rng."""
         asked = [[(self.layout.after(item), item.answer) for item in row] for row in rows]
         more = [continuations(self.prompt, row[0], extra, rng) for row in rows]
         before = self.layout.before
@@ -368,16 +365,12 @@ class LatentWire(nn.Module):
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
             batch = pack(list(zip(slots, asked, more)))
         elif self.layout.late:  # each sees latents of its own, so it has a row of its own
-            asked, shown = zip(*(self.shown(text, segments, hide) for text, segments in zip(texts, asked)))
-            shown = [*itertools.chain(*shown), *(torch.ones(len(text), dtype=torch.bool)
-                                                 for text, part in zip(texts, more) for _ in part)]
             alone = [(b, [one], []) for b, row in enumerate(asked) for one in row]
             alone += [(b, [], [one]) for b, row in enumerate(more) for one in row]
             documents = [b for b, *_ in alone]
             batch = pack([(before[:0], *segments) for _, *segments in alone], source.length[documents].tolist())
             batch.document, batch.sees = torch.tensor(documents), M or max(budgets(self.config))
             batch.asks = pad([(question or more)[0][0] for _, question, more in alone], PAD)
-            batch.shown, batch.most = pad_sequence(shown, True, False), max(int(part.sum()) for part in shown)
         else:
             batch = pack([(before[:0], *segments) for segments in zip(asked, more)], source.length.tolist())
         batch.source = source
@@ -458,60 +451,31 @@ class LatentWire(nn.Module):
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
-    def nearest(self, asks, text, there=None):
-        """Which tokens of texts (B, T), or (1, T) where all are about one, the latents come from that a question asks
-        (B, S) chooses among, token ids with PAD right: (B, T) bool. Of a long text they are the tokens nearest to its
-        words, for among all of them the LM is easily distracted; a question without a word that tells a place gets the
-        first ones. there (B, T): the tokens that may be among them (default: all)."""
-        around = torch.from_numpy(self.prompt.around).long().to(asks.device)
+    def nearby(self, latents, asks):
+        """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
+        a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
+        distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
+        H, B = len(self.layout.before), len(asks)
+        if latents.width - H <= LONG:
+            return latents.for_each(B)
+        text, around = latents.ids[:, H:], torch.from_numpy(self.prompt.around).long().to(asks.device)
         near = nearness(self.lm, asks.masked_fill(torch.isin(asks, around), PAD), text, self.rarity)
-        real = text != PAD
-        there = real & (there if there is not None else True)
-        most = torch.where(real.sum(1) > LONG, NEARBY, LONG)[:, None]
-        return there & (places(near.masked_fill(~there, -1)) < most)
+        most = torch.where((text != PAD).sum(1) > LONG, NEARBY, LONG)[:, None]
+        stays = F.pad(places(near) < most, (H, 0), value=True)[:, None]          # (B, 1, width)
+        latents = latents.for_each(B)
+        held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
+                for there, kept in zip(latents.held, latents.kept)]
+        latents = replace(latents, held=held)
+        wide = H + (NEARBY if len(text) == 1 else LONG)  # in training no GPU is asked; of several one may be short
+        return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
 
-    def shown(self, text, asked, hide=None):
-        """What a training step shows of a text (T,) to those asked about it, [(a question's token ids, its answer's),
-        ...]: ([the same], [which tokens, (T,) bool, ...]). hide: random numbers, by which in a text of at least twice
-        NEARBY tokens half of the questions find the answer hidden and what stands around it; and where none of the
-        answer's places is to be seen, it becomes "none" (questions without an answer: SQuAD 2.0, arXiv 1806.03822; in
-        parts of a text: arXiv 1710.10723). Of 1 in 20 the tokens are nowhere: theirs stays. Of a text of more than LONG
-        tokens a GPU is asked."""
-        found, shown = [], torch.ones(len(asked), len(text), dtype=torch.bool)
-        where = [np.flatnonzero(begins(answer[:-1], text)).tolist() for _, answer in asked]
-        hiding = hide is not None and len(text) >= 2 * NEARBY
-        for row, at, (_, answer) in zip(shown, where, asked):
-            if hiding and hide.random() < 0.5:
-                for place in at:
-                    row[max(0, place - HIDDEN):place + len(answer) - 1 + HIDDEN] = False
-                row |= row.sum() < len(text) / 2  # words that are everywhere tell nothing
-        if len(text) > LONG:
-            asks, ids = pad([ask for ask, _ in asked], PAD), torch.from_numpy(text)[None].long()
-            shown = self.nearest(*(x.to(self.lm.device) for x in (asks, ids, shown))).cpu()
-        for row, at, (ask, answer) in zip(shown, where, asked):
-            seen = any(row[place:place + len(answer) - 1].all() for place in at)
-            found.append((ask, self.prompt.none if hiding and at and not seen else answer))
-        return found, list(shown)
-
-    def choose(self, latents, asks, M=None, shown=None, most=None):
+    def choose(self, latents, asks, M=None):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
-        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked.
-        shown (B, T): which tokens of its text they may come from (default: of a long one the `nearest`), `most` of them
-        at most, unless a GPU is to be asked."""
-        H = len(self.layout.before)
-        if shown is None and latents.width - H > LONG:
-            shown = self.nearest(asks, latents.ids[:, H:])
-        latents = latents.for_each(len(asks))
-        if shown is not None:
-            stays = F.pad(shown, (H, 0), value=True)[:, None]  # (B, 1, width)
-            held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
-                    for there, kept in zip(latents.held, latents.kept)]
-            latents = replace(latents, held=held)
-            if not most or most < latents.width - H:  # else nothing would go
-                latents = latents.packed(most and [min(there.shape[-1], H + most) for there in held])
+        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked."""
+        latents = self.nearby(latents, asks)
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
         need = for_question(latents.need, self.looked_at(latents, asks), latents.kept)
-        return replace(latents, held=best(need, latents.held, H, count, each=False))
+        return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
 
     def latents(self, batch):
         """The Latents that a batch's rows see, None for a batch without a source."""
@@ -521,8 +485,7 @@ class LatentWire(nn.Module):
         if batch.document is None:
             return latents
         alone = len(batch.source.ids) == 1  # then no row needs a copy of all of it
-        latents = latents if alone else latents.rows(batch.document)
-        return self.choose(latents, batch.asks, batch.sees, batch.shown, batch.most)
+        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.

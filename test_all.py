@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -61,8 +60,8 @@ from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
-from model import (HIDDEN, LONG, RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place,
-                   nearness, rarity, traits)
+from model import (RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity,
+                   traits)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
@@ -636,7 +635,7 @@ def test_packed_loss_equals_one_by_one(tiny, changes):
 def test_a_training_pass_asks_no_tensor_for_its_value_and_leaves_its_device(tiny, changes, monkeypatch):
     """A GPU would have to be waited for, or would refuse. Tensors without values are on a device of their own, where
     .item(), a mask as an index and whatever is left on the CPU fail."""
-    monkeypatch.setattr("model.LONG", 20)  # so that what questions of scope asked do not see is left out, too
+    monkeypatch.setattr("model.LONG", 20)  # so that questions of scope asked find their places, too
     monkeypatch.setattr("model.NEARBY", 10)
     monkeypatch.setattr("torch.autocast", lambda *given, **named: contextlib.nullcontext())  # there is none for meta
     wire, prompt, items = make_wire(tiny, **changes)
@@ -891,6 +890,8 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert one.ids[0, 2:].tolist() == text.tolist() and one.width == 602 and one.ids.shape == (1, 602)
     chosen = wire.choose(one, data.pad(asks, data.PAD), 9)
     assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] < 130
+    assert wire.train().choose(one, data.pad(asks, data.PAD), 9).keys[0].shape[2] == 130  # no GPU is asked
+    wire.eval()
     for b, at in enumerate((450, 100)):
         ids = torch.from_numpy(text)[None].long()
         close, = highest(nearness(wire.lm, ids[:, at:at + 2], ids, wire.rarity), 128)
@@ -907,35 +908,6 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert torch.equal(among.rows([1]).of_tokens(600, 2), copies.rows([1]).of_tokens(600, 2))
     alone = wire.choose(wire.encode(wire.source([short], [200])), ask_[:1], 9)
     assert torch.equal(among.rows([0]).of_tokens(200, 2), alone.of_tokens(200, 2))
-
-
-def test_training_says_none_where_no_answer_is_to_be_seen(tiny):
-    """Half of a long text's questions find it hidden; of a short one's none."""
-    wire, prompt, _ = make_wire(tiny, scope="asked", max_prompt_tokens=700)
-    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:600].astype(np.int32)
-    wire.rarity.fill_(1.0)[torch.from_numpy(prompt.around).long()] = 0
-    item = lambda at, text: Item(None, text, words[at:at + 2], np.append(words[at + 9:at + 11], prompt.end))
-    rows = [[item(at, words[:size]) for at in range(30, size - 50, 5)] for size in (200, 300, 600)]
-    batch = wire.train().collate(rows, wire.stored, 4, hide=random.Random(1))
-    assert batch.shown.shape == (len(batch.ids), 600) and batch.most == 300 and batch.shown[-1].sum() == 128
-    starts = [*batch.first.tolist(), len(batch.label)]
-    said = [batch.label[a:b].tolist() for a, b in itertools.pairwise(starts)]
-    kinds = Counter()
-    for each, answer, shown in zip(sum(rows, []), said, batch.shown):
-        at = int(np.flatnonzero(words == each.answer[0])[0])
-        seen, T = shown[at:at + 2].all().item(), len(each.context)
-        assert answer == (each.answer if seen else prompt.none).tolist()
-        assert seen or not shown[at - HIDDEN:at + 2 + HIDDEN].any()  # or the text would be long, and this far
-        assert shown.sum() == (T - 2 * HIDDEN - 2 if T == 300 and not seen else min(T, 128 if T > LONG else T)), T
-        kinds[T, seen] += 1
-    share = lambda T: kinds[T, False] / (kinds[T, False] + kinds[T, True])
-    assert share(200) == 0 and 0.3 < share(300) < 0.7 and 0.3 < share(600) < 0.7
-    latents = wire.latents(batch)
-    assert latents.keys[0].shape[2] == 2 + 300  # no GPU is asked
-    far = [b for b in range(len(said)) if batch.shown[b].sum() < 300][:4]
-    assert all(not latents.rows([b]).of_tokens(600, 2)[~batch.shown[b]].any() for b in far)
-    plain = wire.collate(rows, wire.stored, 4)  # nothing is hidden where a teacher reads all of it
-    assert plain.label.tolist() == np.concatenate([each.answer for each in sum(rows, [])]).tolist()
 
 
 def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
@@ -2651,21 +2623,6 @@ def test_what_answers_about_an_article_read(tiny):
     wire, items, told = answered(wire="tokens", keep="matched")
     row = evaluate_row("matched_lora", wire.lm, wire.prompt.tokenizer, wire.prompt, items, wire)["answers"]
     assert told == {"nearest": row}
-
-
-def test_articles_count_who_is_told_none(tiny, monkeypatch):
-    wire, prompt, _ = make_wire(tiny, scope="asked")
-    examples = [replace(example, title=f"article {n // 40}") for n, example in enumerate(synthetic("train", 160))]
-
-    def answers(wire, text, items):  # "none" to the first question, and to all of another article
-        own = lambda item: item is not items[0] and item.example.title == items[0].example.title
-        return {"4 seen": [item.example.answers[0] if own(item) else "none" for item in items]}
-    monkeypatch.setattr(bench, "wire_of_texts", lambda args, text_too: wire)
-    monkeypatch.setattr(bench, "load_data", lambda *given: examples)
-    monkeypatch.setattr(bench, "article_answers", answers)
-    got = bench.bench_articles(SimpleNamespace(data="x", lengths="200", samples=14))[200]
-    assert got["n"] == 14 and sorted(got["f1"]["4 seen"]) == [0.0] * 3 + [1.0] * 11
-    assert sum(got["none"]["here"]) == 3 and len(got["none"]["here"]) == 14 and got["none"]["elsewhere"] == [1.0] * 9
 
 
 def test_bytes_are_counted_while_they_are_held():

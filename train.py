@@ -74,7 +74,7 @@ class Config(WireConfig):
     tf: float = option(1.0, "weight of the answer's cross-entropy")
     kce: float = option(0.0, "weight of the cross-entropy of the first K tokens")
     first: float = option(3.0, "weight of the first token's cross-entropy")
-    kd: float = option(0.0, "weight of the distillation from the LM that reads the text; then no answer becomes none")
+    kd: float = option(0.0, "weight of the distillation from the LM that reads the text")
     more: float = option(0.3, "weight of the continuations' cross-entropy")
     entropy: float = option(0.5, "weight of the first-token entropy of the batch mean")
     K: int = option(4, "tokens of kce and kd")
@@ -557,7 +557,7 @@ def make_batch(run, rows, M, rng, progress):
                            [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
     share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
     count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
-    batch = wire.collate(rows, count, M, kept, config.continuations, rng, None if config.kd else rng)
+    batch = wire.collate(rows, count, M, kept, config.continuations, rng)
     if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
         batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
