@@ -118,7 +118,7 @@ def untrained(lm, prompt="plain", max_prompt_tokens=1024):
 # Which words tell a place
 
 NEARBY, LONG = 128, 512  # of more than LONG tokens a question chooses among the NEARBY that are nearest to its words
-AT_ONCE = 8192           # tokens of a text are embedded at once: of a book all would be gigabytes
+AT_ONCE = 8192           # how many tokens of a text are embedded at once: all those of a book would be gigabytes
 
 
 def rarity(texts, questions, around, vocabulary):

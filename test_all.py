@@ -644,7 +644,7 @@ def test_a_training_pass_asks_no_tensor_for_its_value_and_leaves_its_device(tiny
     loss, parts, logits = wire.loss(batch, {"tf": 1.0, "first": 0.5, "more": 0.3, "entropy": 0.5})
     loss.backward()
     stats, winners = train.first_token_stats(logits, batch, 100)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="meta tensors"):
         stats["hit"].item()
 
 
