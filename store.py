@@ -381,13 +381,14 @@ def load_trained(wire, folder):
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
+    wire.predictor = None
     if (own := weights.get("predictor")) is not None:
-        config = wire.lm.config
-        width = place_values(wire.lm, "kv") // (config.num_hidden_layers * config.num_key_value_heads)
-        if own.shape[-1] == width + 2:  # up to commit 50ac03b: of a head's own key and value, nothing of the others'
-            alone = torch.eye(own.shape[1])[:, :, None] * own[:, :, None, :-1].float()
+        layers, heads = wire.lm.config.num_hidden_layers, wire.lm.config.num_key_value_heads
+        width = place_values(wire.lm, "kv") // (layers * heads)
+        if own.shape == (layers, heads, width + 2):  # up to commit 50ac03b: of a head's own key and value, no other's
+            alone = torch.eye(heads)[:, :, None] * own[:, :, None, :-1].float()
             weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)
-    wire.predictor = weights["predictor"].float().to(wire.lm.device) if "predictor" in weights else None
+        wire.predictor = torch.zeros(layers, heads, heads * (width + 1) + 1, device=wire.lm.device)
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))

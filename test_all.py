@@ -1329,6 +1329,10 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
         found = load_wire(read_checkpoint(tmp_path / "old"), load_lm(tiny, device="cpu")[0], prompt).predictor
         new = found @ torch.cat([x.flatten(), torch.ones(1)])
         assert torch.allclose(new, (old[..., :-1] * x).sum(-1) + old[..., -1], atol=1e-4)
+        wire.predictor = old[:, :1]  # of an LM with other heads
+        save_checkpoint(tmp_path / "old", wire)
+        with pytest.raises(UserError, match="predictor has shape"):
+            load_wire(read_checkpoint(tmp_path / "old"), load_lm(tiny, device="cpu")[0], prompt)
     lm.get_input_embeddings().weight.data.mul_(2)
     del lm.identity
     with pytest.raises(UserError, match="was trained for"):
