@@ -242,7 +242,7 @@ def read_latents(row, wire, items, others, M, ratio, form):
     seen = sum(counts)
     if layout.late:  # by a head on average, the text before aside
         of_heads = torch.cat([layer.sum((0, 2)) for layer in latents.held])
-        seen = of_heads.double().mean().item() - len(layout.before) * len(items)
+        seen = of_heads.sum().item() / len(of_heads) - len(layout.before) * len(items)
     done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
     return latents, [layout.after(item) for item in items], done
 
