@@ -2312,13 +2312,17 @@ def test_what_ask_refuses(files, tmp_path, monkeypatch, changes, flags, says):
     assert "\n" not in str(error.value)
 
 
-def test_ask_as_a_user_runs_it(files, tmp_path):
+def test_ask_as_a_user_runs_it(files, tmp_path, capsys, monkeypatch):
+    """Nothing that a text or an LM says drives the terminal."""
     ckpt, wire = files()
-    (tmp_path / "doc.txt").write_text("\x1b[31m" + SHORT)
+    (tmp_path / "doc.txt").write_text(SHORT.replace(" ", " \x1b[31m"))
     given = ["ask.py", "--ckpt", ckpt, "--context", tmp_path / "doc.txt", "--device", "cpu"]
     out = run(*given, input=f"Where?\n\n{'why ' * 90}\nWho?\n", stdin=None)
-    assert len(out.stdout.splitlines()) == 2 and "\x1b" not in out.stdout and "too long" in out.stderr
+    assert len(out.stdout.splitlines()) == 2 and "\x1b" not in out.stdout + out.stderr and "too long" in out.stderr
     assert run(*given, "--format", "int5", code=2).stderr.startswith("error: ")
+    monkeypatch.setattr(ask, "generate", lambda *given: replace(generate(*given), answers=["\x1b[31mx"]))
+    ask_with(ckpt, *given[3:5], "--question", "Where?")
+    assert capsys.readouterr().out == " [31mx\n"
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
