@@ -98,6 +98,8 @@ def table(folders):
 
 
 def main(args):
+    if args.eval_data == args.data and args.data not in ("squad", "synthetic"):
+        raise UserError(f"--eval_data {args.eval_data} is --data itself; give other questions to measure by")
     cells, folders = [cell.strip() for cell in args.cells.split(",")], {}
     if unknown := [cell for cell in cells if cell not in CELLS]:
         raise UserError(f"--cells {unknown[0]} is unknown; there are {', '.join(CELLS)}")

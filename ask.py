@@ -116,7 +116,8 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     needed, before = needs(wire, latents, items), documents[0].before
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
-        reply = {"question": question, "answer": printable(told.answers[b]), "probability": round(told.sure[b], 4)}
+        reply = {"question": whole(question), "answer": printable(told.answers[b]),
+                 "probability": round(told.sure[b], 4)}
         share = latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before, [layer[b] for layer in needed])
         if len(documents) > 1:
             parts = share.split([document.latents.width - before for document in documents])
@@ -159,12 +160,14 @@ def check(args, config):
     """Raise UserError where the command line contradicts itself or the wire's config."""
     document = args.context or args.load
     for name in ("latents", "ratio", "max_new_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
+        if (value := getattr(args, name)) is not None and not 1 <= value < float("inf"):
+            raise UserError(f"--{name} {value} must be a number of at least 1")
     if not document and not args.export:
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
+    if args.save and Path(args.save).exists() and Path(args.save).resolve() == Path(args.context).resolve():
+        raise UserError(f"--save {args.save} is the text itself; give another name")
     if document and config.wire == "tokens":
         raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
     if document and config.scope == "prompt":
@@ -192,7 +195,8 @@ def read_document(args, wire, saved):
     config, before, began = wire.config, len(wire.layout.before), time.perf_counter()
     ids = wire.prompt.items([Example("", text, "", ("",))])[0].context
     T, count = len(ids), wire.stored(len(ids), args.latents, args.ratio)
-    document = Document(encode(wire, ids, count, each=bool(args.export)), before, Path(args.context).stem)
+    title = whole(Path(args.context).stem)
+    document = Document(encode(wire, ids, count, each=bool(args.export)), before, title)
     places = int(document.latents.length) - before * (config.wire == "embeds")  # waits for a GPU, too
     size = stored_bytes(wire.lm, config, places, args.format)
     log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
@@ -229,16 +233,24 @@ def say(args, wire, documents, together, questions):
 
 @torch.no_grad()
 def main(args):
-    saved = read_checkpoint(args.ckpt) if args.ckpt else Checkpoint(None, untrained(args.lm), {}, "untrained")
+    trained = args.ckpt is not None
+    saved = read_checkpoint(args.ckpt) if trained else Checkpoint(None, untrained(args.lm), {}, "untrained")
     check(args, saved.config)
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
-    if not args.ckpt and tokenizer.chat_template:
-        saved.config.prompt = "chat"
     prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
-    wire = (load_wire(saved, lm, prompt) if args.ckpt else LatentWire(lm, saved.config, prompt)).eval()
+    if not trained and tokenizer.chat_template:
+        try:
+            prompt = Prompt(tokenizer, "chat", sys.maxsize)
+        except UserError as error:
+            log(f"notice: {error}: as is done here")
+    wire = (load_wire(saved, lm, prompt) if trained else LatentWire(lm, saved.config, prompt)).eval()
     documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
     documents += [read_document(args, wire, saved)] if args.context else []
     together = join(wire, [document.latents for document in documents]) if documents else None
+    most = getattr(lm.config, "max_position_embeddings", None) or sys.maxsize
+    if together and int(together.length) > most:
+        log(f"notice: {int(together.length):,} latents are more than the {most:,} positions of {lm.name}, beyond which "
+            "it reads badly; give a higher --ratio, fewer --latents or fewer files")
     if args.export:
         export(args.export, wire, together)
         log(f"written to {args.export}; its README.md says how other programs read it")

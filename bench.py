@@ -37,6 +37,14 @@ PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "articles",
 TRAINED = ("documents", "articles", "peers")  # these need --ckpt
 
 
+def numbers(text):
+    """"246,1024" -> [246, 1024]."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
@@ -46,8 +54,8 @@ def parse_args(argv=None):
     p.add_argument("--samples", type=int, default=50, help="questions of those (default 50)")
     p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
     p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
-    p.add_argument("--lengths", help="tokens of the texts in `answer`, `scale`, `articles`, by commas (default: "
-                                     "their own)")
+    p.add_argument("--lengths", type=numbers, help="tokens of the texts in `answer`, `scale`, `articles`, by commas "
+                                                   "(default: their own)")
     p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
     p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     return p.parse_args(argv)
@@ -267,7 +275,7 @@ def bench_answer(args):
     wire.fit_predictor(items[group[0]].context for group in group_by_context(items))
     fitted = wire.predictor
     ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
-    for T in [int(x) for x in (args.lengths or "246,1024,8192").split(",")]:
+    for T in args.lengths or (246, 1024, 8192):
         text, count = long_text(items, T), min(32, T)
         once, wire.predictor = lambda: encode(wire, text, count), fitted
         ready = once()
@@ -295,7 +303,7 @@ def bench_scale(args):
     """Encoding by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
     wire, items = setup(args)
     wire.eval().fit_predictor(items[group[0]].context for group in group_by_context(items))
-    lengths = [int(x) for x in (args.lengths or "512,2048,8192,16384").split(",")]
+    lengths = args.lengths or [512, 2048, 8192, 16384]
     counts, result, rows = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8}, {}, []
     for rule, count in counts.items():
         taken = []
@@ -439,7 +447,7 @@ def bench_articles(args):
     wire, articles, result, rows = wire_of_texts(args, text_too=True), {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
-    for T in [int(x) for x in (args.lengths or "1024,2048,4096,8000").split(",")]:
+    for T in args.lengths or (1024, 2048, 4096, 8000):
         rng, f1, at = random.Random(T), {}, []
         for title in rng.sample(sorted(articles), len(articles)):
             if len(at) >= args.samples:
@@ -565,6 +573,8 @@ def bench_peers(args):
 
 
 def main(args):
+    if args.repeats < 1 or args.samples < 1 or args.batch < 1:
+        raise UserError("--repeats, --samples and --batch must be at least 1")
     for part in args.parts:
         if part not in (*PARTS, "all"):
             raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")

@@ -9,6 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line that names the bad value and the fix."""
@@ -41,6 +46,17 @@ def log(message):
         print(message, file=sys.stderr, flush=True)
 
 
+def _quiet(kind, error, trace):
+    """Ctrl-C while the imports run, before `run_main`, is one word, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet
+
+
 def run_main(main):
     """Run a script's main(): a UserError, or a file the system refuses, is one line and exit code 2, Ctrl-C 130."""
     try:
@@ -49,7 +65,7 @@ def run_main(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):  # of a GPU, of a CPU
             raise
         print("error: the device is out of memory; lower --micro_batch (train) or --batch (eval), or take a "
               "smaller model", file=sys.stderr)
@@ -57,6 +73,36 @@ def run_main(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def claim(out):
+    """Lock a folder for this process and return the open file; the lock goes with the process, however it ends. Raises
+    UserError while another process has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a+")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    if fcntl is None:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another "
+                        "--out") from None
+    except OSError:
+        return lock  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def check_own(path, begins, fix):
+    """Raise UserError where a page would replace one that this program has not written: it does not begin so."""
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(begins):
+        raise UserError(f"{path} is there and of something else; {fix}")
 
 
 def append_line(path, text):

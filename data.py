@@ -14,6 +14,7 @@ A prompt has six pieces, tokenised apart so that every row of the evaluation sha
 Shapes: see model.py.
 """
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -78,7 +79,7 @@ def load_squad(source, split="train"):
     each {"context", "question", "answers"} and, if any, "id" and "title"; .gz or not. Answers may be a string, a list
     of strings, or SQuAD's {"text": ...} in either shape. Questions without an answer (SQuAD v2.0, or "") are left out
     and counted in a notice. Raises UserError naming the file and the place in it that is wrong."""
-    path = download_squad(split) if source == "squad" else Path(source).expanduser()
+    path = download_squad(split) if source == "squad" else Path(os.path.expanduser(source))
     found, where = [], "its start"
     try:
         with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -91,7 +92,7 @@ def load_squad(source, split="train"):
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"--data {source} cannot be read ({error}); give squad, synthetic, or a .json, .json.gz or "
                         ".jsonl file") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}, at or behind {where}: {type(error).__name__} {error}; a question has context, "
                         "question and answers, by itself or in SQuAD's layout") from None
     examples = [example for example in found if example.answers]
@@ -542,6 +543,14 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
                         "more")
     rng.shuffle(steps)
     return steps
+
+
+def checksum(items):
+    """Of Items' ids, contexts, questions and answers, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item.example).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def grouped(things, key):

@@ -8,12 +8,12 @@ Evaluate: answer the same questions through every row of rows.py, and say what e
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
 import json
+import math
 import sys
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
-from common import Parser, UserError, append_line, find_row, first_process, log, run_main, write_atomic
+from common import Parser, UserError, append_line, claim, find_row, first_process, log, run_main, write_atomic
 
 
 def parse_args(argv=None):
@@ -55,12 +55,13 @@ if __name__ == "__main__":
 import numpy as np
 import torch.distributed as dist
 
-from data import Prompt, load_data, synthetic_chance
+from data import Prompt, checksum, load_data, synthetic_chance
 from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
 from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row,
                   summary, words_of)
-from store import FORMATS, GROUP, SCALE_BITS, load_wire, place_values, read_checkpoint, stored_bytes
+from store import (FORMATS, GROUP, SCALE_BITS, load_wire, place_values, read_checkpoint, stored_bytes,
+                   vector_width)
 
 
 SHOWN = 20  # questions of which is written down what the wire keeps
@@ -182,11 +183,12 @@ def describe_latents(metrics, name, result, items, wire):
     bytes_of = {kind: stored_bytes(wire.lm, wire.config, places, kind) for kind in FORMATS}
     texts = [item.example.context for item in items]  # what the latents stand in for
     utf8 = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    group = math.gcd(GROUP, vector_width(wire.lm, wire.config.wire))
     metrics["payload_bytes"], metrics["payload_bytes_detail"] = bytes_of["fp32"], {**bytes_of, "selected": "fp32"}
     metrics["wire"] = {
         "prompt_chars": {name: sum(map(len, texts))}, "prompt_count": n,
         "latent_shape": [n, metrics["latent_len"], place_values(wire.lm, wire.config.wire)], "latent_bytes": bytes_of,
-        "text_bytes": {"utf8": utf8}, "group_size": GROUP, "scale_bits": SCALE_BITS,
+        "text_bytes": {"utf8": utf8}, "group_size": group, "scale_bits": SCALE_BITS,
         "selected_latent_bytes": bytes_of["fp32"],
         "wire_ratio": {kind: utf8 / count for kind, count in bytes_of.items()}}
 
@@ -229,15 +231,6 @@ def provenance():
         commit = ""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors", "numpy")}
     return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None}
-
-
-def data_checksum(items):
-    """Of ids, contexts, questions and answers, in order."""
-    import hashlib
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr(item.example).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:16]
 
 
 def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype):
@@ -302,20 +295,16 @@ def how_many(args, config):
 
 def main():
     for option in ("samples", "batch", "max_new_tokens", "latents", "ratio"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f"--{option} {value} must be at least 1")
-    saved = read_checkpoint(args.ckpt) if args.ckpt else None
+        if (value := getattr(args, option)) is not None and not 1 <= value < float("inf"):
+            raise UserError(f"--{option} {value} must be a number of at least 1")
+    saved = read_checkpoint(args.ckpt) if args.ckpt is not None else None
     config = saved.config if saved else untrained(args.lm or "smollm2-135m", args.prompt or "plain",
                                                   args.max_prompt_tokens or 1024)
     rows = choose_rows(args.mode, config, bool(saved))
     # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
-    try:  # said now, not after an hour of answers
-        (out / "eval").mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out / "eval").close()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+    lock = claim(out / "eval") if first_process() else None  # held to the end: of two, one would lose its rows
     device, dtype, why = pick_device(args.device)
     if args.shard:
         device = join(device, 15)
@@ -338,12 +327,15 @@ def main():
     M, ratio = how_many(args, config)
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
+    if args.mode == "all" and len({item.example.context for item in items}) == 1:
+        rows = [row for row in rows if ROWS[row].latents != "other"]
+        log("notice: latent_shuffled is left out: all questions are on one context")
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
     made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
-                   "data": data_checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
+                   "data": checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
                    "latents": M, "ratio": ratio, "predicted": bool(wire and wire.predictor is not None),
                    "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype), **made_by}
     metrics, records = read_earlier(out / "eval", fingerprint)

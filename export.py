@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import UserError, write_atomic
+from common import UserError, check_own, write_atomic
 from lm import LORA_SCALE, write_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
@@ -28,6 +28,7 @@ def export(folder, wire, latents=None):
     folder, lm = Path(folder), wire.lm
     if not wire.config.lora_rank and latents is None:
         raise UserError("--export: this wire's reader has no LoRA (--lora_rank 0); give a document with --context")
+    check_own(folder / "README.md", "# A document for other programs", "give --export another folder")
     name = lm.config._name_or_path  # where its weights are: what the user calls it may be known to this project alone
     name = str(Path(name).resolve()) if Path(name).exists() else name
     if latents and latents.keys and not all(held.all() and held.shape[-1] == latents.length for held in latents.held):

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
-from common import Parser, UserError, find_row, log, read_lines, run_main, write_atomic
+from common import Parser, UserError, check_own, find_row, log, read_lines, run_main, write_atomic
 
 
 def parse_args(argv=None):
@@ -447,6 +447,7 @@ def main(args):
         print("\n".join(markdown_table(*comparison(runs))))
         written = {run.folder / "comparison.html": page(runs)}
     elif args.preserve:
+        check_own(Path(args.preserve) / "README.md", "# Preserved Experimental Data", "give --preserve another folder")
         kept = preserve(run, args.preserve, args.name or run.name, args.scores)
         written = {kept / "README.md": markdown(Run(kept)), kept.parent / "README.md": index(kept.parent)}
     else:

@@ -180,7 +180,7 @@ def other_contexts(items):
     for number, item in enumerate(items):
         first.setdefault(item.example.context, number)
     if len(first) < 2:
-        raise UserError("latent_shuffled needs questions of at least two contexts; raise --samples")
+        raise UserError("latent_shuffled needs questions of at least two contexts; raise --samples, or leave it out")
     numbers, after = list(first.values()), {}
     for place, context in enumerate(first):
         others = numbers[place + 1:] + numbers[:place]

@@ -36,8 +36,9 @@ GROUP, SCALE_BITS = 32, 16  # integers share one scale per group
 
 
 def quantise(x, kind):
-    """x (..., d), d a multiple of 32 -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4:
-    round to nearest by absolute maximum per group of 32, int8 codes (two int4 codes to a byte) and float16 scales."""
+    """x (..., d), d even -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4: round to nearest
+    by absolute maximum per group of 32 (or of what 32 and d have in common), int8 codes (two int4 codes to a byte) and
+    float16 scales."""
     if kind in ("fp32", "fp16"):
         return x.to(torch.float32 if kind == "fp32" else torch.float16), None
     largest = 2 ** (FORMATS[kind] - 1) - 1
@@ -60,9 +61,10 @@ def dequantise(values, scales):
     return (values.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
 
 
-def payload_bytes(values, kind):
-    """Bytes of so many values: for integers, their float16 scales too."""
-    return values * FORMATS[kind] // 8 + (values // GROUP * SCALE_BITS // 8 if kind in ("int8", "int4") else 0)
+def payload_bytes(values, kind, width):
+    """Bytes of so many values, in vectors of that width: for integers, their float16 scales too."""
+    scales = values // math.gcd(GROUP, width) if kind in ("int8", "int4") else 0
+    return (values * FORMATS[kind] + scales * SCALE_BITS) // 8
 
 
 def through(latents, kind):
@@ -75,13 +77,18 @@ def through(latents, kind):
                    need=latents.need and [x.half().float() for x in latents.need])
 
 
-def place_values(lm, wire):
-    """How many values one cached place takes: keys and values of every layer, or one vector of the LM's width."""
+def vector_width(lm, wire):
+    """The width of what is sent: a head's keys and values, or the LM's own."""
     config = lm.config
     if wire != "kv":
         return config.hidden_size
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def place_values(lm, wire):
+    """How many values one cached place takes: keys and values of every layer, or one vector of the LM's width."""
+    config, width = lm.config, vector_width(lm, wire)
+    return width if wire != "kv" else 2 * config.num_hidden_layers * config.num_key_value_heads * width
 
 
 def stored_bytes(lm, config, places, kind):
@@ -89,7 +96,7 @@ def stored_bytes(lm, config, places, kind):
     needs each and which token's it is, by which a question chooses."""
     heads = lm.config.num_hidden_layers * lm.config.num_key_value_heads
     need = heads * (8 if kind == "fp32" else 6) if config.scope == "asked" else 0
-    return payload_bytes(places * place_values(lm, config.wire), kind) + places * need
+    return payload_bytes(places * place_values(lm, config.wire), kind, vector_width(lm, config.wire)) + places * need
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,6 +242,9 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     if saved and about["ckpt_sha256"] != saved.checksum:
         raise UserError(f"--load {path} was written with another checkpoint than {saved.folder}; give the --ckpt it "
                         "was saved with")
+    if saved and "places" in tensors and ("need" in tensors) != (saved.config.scope == "asked"):
+        raise UserError(f"--load {path} was written with the same weights in another --scope than {saved.folder}; give "
+                        "the --ckpt it was saved with")
     part = lambda name: dequantise(tensors[name], tensors.get(f"{name}_scales")).to(device, dtype)
     if "prefix" in tensors:
         prefix = part("prefix")[None]
@@ -384,7 +394,7 @@ def load_trained(wire, folder):
     wire.predictor = None
     if (own := weights.get("predictor")) is not None:
         layers, heads = wire.lm.config.num_hidden_layers, wire.lm.config.num_key_value_heads
-        width = place_values(wire.lm, "kv") // (layers * heads)
+        width = 2 * vector_width(wire.lm, "kv")
         if own.shape == (layers, heads, width + 2):  # up to commit 50ac03b: of a head's own key and value, no other's
             alone = torch.eye(heads)[:, :, None] * own[:, :, None, :-1].float()
             weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)

@@ -45,6 +45,7 @@ from safetensors.torch import load_file, save_file
 import ablate
 import ask
 import bench
+import common
 import data
 import eval as evaluation
 import gpu
@@ -55,7 +56,7 @@ import results
 import rows
 import store
 import train
-from common import UserError, read_lines, run_main, write_atomic
+from common import UserError, claim, read_lines, run_main, write_atomic
 from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_source, load_data, load_squad,
                   synthetic)
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
@@ -67,7 +68,7 @@ from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, in
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
                    read_last_good, save_checkpoint)
-from train import Config, Plan, claim, load_items, parse_config
+from train import Config, Plan, load_items, parse_config
 
 HERE = Path(__file__).parent
 SQUAD = HERE.parent / "shared" / "squad"
@@ -182,7 +183,9 @@ def test_data_as_people_have_it(tmp_path, capsys):
     ("cut.json.gz", gzip.compress(b'{"data": []}' * 99, mtime=0)[:20], "cannot be read (Compressed file ended"),
     ("bad.jsonl", b'{"context": "a", "question": "b", "answers": ["c"]}\n{', "is not JSON (line 2"),
     ("key.jsonl", b'{"context": "a", "answers": ["c"]}', "KeyError 'question'"),
-    ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "3 is not a string")])
+    ("type.jsonl", b'{"context": 3, "question": "b", "answers": ["c"]}', "3 is not a string"),
+    ("depth.json", b"[" * 99_999, "RecursionError"), ("digits.json", b"9" * 5000, "ValueError"),
+    ("~nobody.json", None, "No such file")])
 def test_bad_data_is_one_clear_line(tmp_path, name, content, says):
     if name.endswith("folder"):
         (tmp_path / name).mkdir()
@@ -966,6 +969,16 @@ def test_bad_config_is_one_line():
             check_config(WireConfig(**bad))
 
 
+@pytest.mark.parametrize("flags, says", [
+    ("--clip nan", "--clip nan must be a number"), ("--lr inf", "--lr inf must"), ("--ratio nan", "--ratio nan must"),
+    ("--weight_decay -1", "--weight_decay -1.0 must"), ("--minutes -1", "--minutes -1.0 must"),
+    ("--warmup 2", "--warmup 2.0 must be at most 1"), ("--eval_every -1", "--eval_every -1 must not be negative"),
+    ("--data x.jsonl --eval_data ./x.jsonl", "./x.jsonl is --data itself")])
+def test_flags_that_say_nothing(flags, says):
+    with pytest.raises(UserError, match=says):
+        parse_config(flags.split())
+
+
 def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
     """Fuzzed questions and contexts through the loader, the prompt and a loss."""
     wires, path = [make_wire(tiny), make_wire(tiny, scope="asked")], tmp_path / "x.jsonl"
@@ -1369,6 +1382,9 @@ def test_quantised_values_are_within_half_a_step():
     exact = torch.tensor([[-7.0, 7.0, 3.0, -2.0] * 8])
     assert all(torch.equal(store.dequantise(*store.quantise(exact, kind)), exact) for kind in ("fp32", "fp16", "int4"))
     assert torch.equal(store.dequantise(*store.quantise(x, "fp16")), x.half().float())
+    for width, kind in itertools.product((64, 80, 100), store.FORMATS):  # heads come in sizes that 32 does not divide
+        sent = sum(part.nbytes for part in store.quantise(torch.ones(10, width), kind) if part is not None)
+        assert store.payload_bytes(10 * width, kind, width) == sent
 
 
 @pytest.mark.slow
@@ -1554,13 +1570,14 @@ def test_a_run_warms_up_cools_down_and_ends_on_time(tiny, monkeypatch):
 @pytest.mark.parametrize("command, says", [
     ("train --sample 8", "--sample is not a flag of train.py; did you mean --samples?"),
     ("train --preset magic", "--preset magic is unknown; there are default, smoke, demo, squad"),
-    ("train --minutes -1", "--minutes -1.0 must not be negative"),
+    ("train --lora_rank 0 --encoder_rank 0", "nothing is left to train"),
     ("train --join 1000", "--join 1000 must be 0 to 896"),
     ("train --tf 0 --first 0", "every loss weight is 0"),
     ("train --scope asked --wire embeds", "give --wire kv with it"),
     ("eval --mode text_lora", "python train.py --preset demo"),
     ("eval --mode text --data nowhere.json", "No such file or directory: 'nowhere.json'"),
     ("eval --mode text --ckpt nowhere", "no checkpoint there"),
+    ("eval --mode latent --ckpt=", "no checkpoint there"),
     ("eval --mode text --max_prompt_tokens 9999", "--max_prompt_tokens 9999 is more than the 2048 positions of"),
     ("eval --mode adapter --ckpt TRAINED", "--mode adapter needs another wire than this one of --wire kv"),
 ])
@@ -1632,6 +1649,20 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
         assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
     _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
     assert "--lr was 0.01, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
+    assert "questions are not those" not in said
+    assert "questions are not those" in launch(*flags, "--resume", "--epochs", "2", "--seed", "1")[1]
+
+
+def test_what_a_run_would_overwrite(tiny, trained, tmp_path):
+    """An LM's folder, and a run of which the best checkpoint alone is left."""
+    check = lambda out, **more: train.check_out(Config(out=str(out), **more))
+    assert check(trained, resume=True) and not check(tmp_path / "new")
+    with pytest.raises(UserError, match="holds something else than a run"):
+        check(tiny, resume=True)
+    shutil.copytree(trained, tmp_path / "run", ignore=lambda *_: ["last", "last.old"])
+    with pytest.raises(UserError, match="no ckpt/last to go on from; .* --start"):
+        check(tmp_path / "run")
+    assert not check(tmp_path / "run", resume=True)  # killed before it wrote its first ckpt/last
 
 
 def test_a_run_begins_with_anothers_weights(tiny, trained, tmp_path):
@@ -1855,6 +1886,11 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
         theirs = flat(json.loads(preserved.read_text().replace('"llama"', '"tiny"')))
         allowed = "joint", "oracle", "debug.settings.append_bos", "debug.settings.decode", "embedding_baselines.adapter"
         assert [key for key in theirs.keys() - flat(metrics).keys() if not key.startswith(allowed)] == []
+    one = dict(context=SHORT, question=ASKED, answers=["x"])
+    write_atomic(tmp_path / "one.jsonl", json.dumps(one))
+    _, said = launch("eval", "--mode", "all", "--ckpt", best, *ASK, "--data", tmp_path / "one.jsonl", "--out",
+                     tmp_path / "one")
+    assert "notice: latent_shuffled is left out" in said and "latent" in read("one")[0]
     # Twice, in another order: the same.
     launch("eval", "--mode", ",".join(own), "--ckpt", best, *ASK, "--out", tmp_path / "b")
     again, those = read("b")
@@ -1969,6 +2005,19 @@ def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys, monkeypatch):
     assert "FAILED: error: --ckpt" in capsys.readouterr().out
 
 
+def test_errors_that_are_a_line_wherever_they_come_from(capsys):
+    """Ctrl-C while a script imports, and memory that a CPU has not."""
+    done = subprocess.run([sys.executable, "-c", "import common; raise KeyboardInterrupt"], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.stderr == "interrupted\n" and done.returncode
+
+    def too_much():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    with pytest.raises(SystemExit):
+        run_main(too_much)
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_scripts_start_where_unix_modules_are_missing():
     hidden = "import sys; from transformers import AttentionInterface, AutoModelForCausalLM\n"
     hidden += "sys.modules.update(dict.fromkeys(('fcntl', 'resource')))\n"
@@ -1989,7 +2038,7 @@ def test_memory_and_locks_are_what_the_system_gives(tiny, tmp_path, monkeypatch)
 
     def lockless(*given):
         raise OSError(errno.ENOSYS, "Function not implemented")
-    monkeypatch.setattr(train.fcntl, "flock", lockless)
+    monkeypatch.setattr(common.fcntl, "flock", lockless)
     claim(tmp_path / "run").close()
     monkeypatch.setattr(torch.Tensor, "double", None)
     window = [(2, {"tf": torch.tensor(0.5), "hit": torch.tensor(1.0)}, torch.tensor([504, 504]))]
@@ -2210,6 +2259,13 @@ def test_files_of_others_are_refused_in_a_line(files, tmp_path):
             ask_with(ckpt, "--load", doc, "--question", ASKED)
         assert "\n" not in str(error.value)
     refused("was written with another checkpoint", other)
+    asked, about = tmp_path / "asked", read_json(ckpt / "config.json")  # the same weights as one of scope asked
+    shutil.copytree(ckpt, asked)
+    (asked / "config.json").write_text(json.dumps(about | {"wire": about["wire"] | {"scope": "asked"}}))
+    sums = read_json(asked / "manifest.json")
+    sums["config.json"] = hashlib.sha256((asked / "config.json").read_bytes()).hexdigest()
+    (asked / "manifest.json").write_text(json.dumps(sums))
+    refused("in another --scope", asked)
     with pytest.raises(UserError, match="holds latents for"):
         load_document(doc, read_checkpoint(ckpt), {**lm_identity(wire.lm), "weights_sha256": "0"})
     doc.write_bytes(whole[:-100])
@@ -2288,6 +2344,9 @@ def test_shares_of_tokens(files, changes):
 
 @pytest.mark.parametrize("changes, flags, says", [
     ({}, ["--context", "doc.txt", "--latents", "0"], "--latents 0 must be"),
+    ({}, ["--context", "doc.txt", "--ratio", "inf"], "--ratio inf must be"),
+    ({}, ["--context", "doc.txt", "--save", "./doc.txt"], "is the text itself"),
+    ({}, ["--context", "doc.txt", "--ratio", "1", "--export", "."], "README.md is there and of something else"),
     ({}, ["--context", "doc.txt", "--inspect"], "a --question"),
     ({}, ["--load", "x", "--save", "y"], "--save needs the text"),
     ({}, ["--load", "x", "--latents", "4"], "settled in a saved document"),
@@ -2304,6 +2363,7 @@ def test_shares_of_tokens(files, changes):
 def test_what_ask_refuses(files, tmp_path, monkeypatch, changes, flags, says):
     ckpt, _ = files(**changes)
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "README.md").write_text("# My project\n")
     if "doc" in flags:
         ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", tmp_path / "doc")
     monkeypatch.chdir(tmp_path)
@@ -2360,11 +2420,27 @@ def test_an_untrained_wire_answers_asks_and_is_evaluated(tiny, tmp_path, capsys,
     said, load = capsys.readouterr().out, ["--lm", tiny, "--load", str(tmp_path / "doc.safetensors")]
     ask.main(ask.parse_args([*load, "--question", ASKED, "--device", "cpu"]))
     assert capsys.readouterr().out == said and said.strip()
+    (tmp_path / "doc.txt").write_text(SHORT * 60)
+    ask.main(ask.parse_args([*doc, "--ratio", "1"]))
+    assert "latents are more than the 2,048 positions of" in capsys.readouterr().err
+
+    def plain_alone(tokenizer, style, room):  # of a chat template that knows no system message
+        if style == "chat":
+            raise UserError("--prompt chat: no; use --prompt plain")
+        return Prompt(tokenizer, style, room)
+    monkeypatch.setattr(ask, "Prompt", plain_alone)
+    ask.main(ask.parse_args(doc))
+    out, err = capsys.readouterr()
+    assert "notice: --prompt chat: no; use --prompt plain: as is done here" in err and len(out.splitlines()) == 1
     for flags, says in ([], "one of the arguments --ckpt --lm is"), (["--ckpt", "x", "--lm", "y"], "not allowed with"):
         with pytest.raises(SystemExit):
             ask.parse_args([*flags, "--context", "x"])
         assert says in capsys.readouterr().err
-    launch("eval", "--mode", "anchor,latent,matched", "--lm", tiny, "--ratio", "1", *ASK, "--out", tmp_path / "e")
+    eval_ = ["eval", "--mode", "anchor,latent,matched", "--lm", tiny, "--ratio", "1", *ASK, "--out", tmp_path / "e"]
+    (tmp_path / "e" / "eval").mkdir(parents=True)
+    with claim(tmp_path / "e" / "eval"):
+        assert "eval is in use by process" in launch(*eval_, code=2)[1]
+    launch(*eval_)
     found = [json.loads(line) for line in (tmp_path / "e/eval/predictions.jsonl").read_text().splitlines()]
     assert all(record["latent"] == record["anchor"] for record in found)
 
@@ -2498,6 +2574,9 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     assert report.Run(tmp_path / "again").rows["latent"][0]["f1"] == metrics["latent"]["tiny"]["f1"]
     with pytest.raises(UserError, match="is there already"):
         tell(out, "--preserve", kept, "--name", "tiny")
+    write_atomic(tmp_path / "mine" / "README.md", "# Mine")
+    with pytest.raises(UserError, match="of something else; give --preserve"):
+        tell(out, "--preserve", tmp_path / "mine")
     tell(out, "--preserve", kept, "--name", "scores", "--scores")
     alone = copy.with_name(copy.name.replace("tiny", "scores"))
     assert not (alone / "ckpt").exists() and f"## Experiment: {alone.name}" in (kept / "README.md").read_text()

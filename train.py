@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +30,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import Parser, UserError, append_line, first_process, log, read_lines, run_main, write_atomic
-from data import Prompt, by_article, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
+from common import Parser, UserError, append_line, claim, first_process, log, read_lines, run_main, write_atomic
+from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option, rarity
@@ -39,10 +39,9 @@ from rows import evaluate_row, kept_tokens, own_row, summary
 from store import check_lm, load_trained, read_checkpoint, read_last_good, save_checkpoint
 
 try:
-    import fcntl
     import resource
-except ImportError:  # Windows: no locks, no peak memory
-    fcntl = resource = None
+except ImportError:  # Windows: no peak memory
+    resource = None
 
 
 @dataclass
@@ -133,16 +132,23 @@ def parse_config(argv=None):
             raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
     if config.epochs < (0 if config.start else 1):
         raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
+    for f in fields(Config):
+        if f.type is float and not 0 <= getattr(config, f.name) < math.inf:
+            raise UserError(f"--{f.name} {getattr(config, f.name)} must be a number of at least 0")
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} {getattr(config, name)} must be above 0")
     if config.join and not 0 < config.join <= (room := config.max_prompt_tokens - 128):
         raise UserError(f"--join {config.join} must be 0 to {room}, which leaves of --max_prompt_tokens "
                         f"{config.max_prompt_tokens} room for a question")
-    if config.minutes < 0:
-        raise UserError(f"--minutes {config.minutes} must not be negative")
+    if config.warmup > 1:
+        raise UserError(f"--warmup {config.warmup} must be at most 1: it is a share of the run")
+    for name in ("eval_every", "continuations"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     check_config(config)
-    if config.eval_data and config.eval_data == config.data and config.data not in ("squad", "synthetic"):
+    same = Path(config.eval_data).resolve() == Path(config.data).resolve()
+    if config.eval_data and same and config.data not in ("squad", "synthetic"):
         raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
@@ -312,28 +318,19 @@ def main():
             raise
 
 
-def claim(out):
-    """Lock a run's folder for this process and return the open file; the lock goes with the process, however it ends.
-    Raises UserError while another process has it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a+")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    if fcntl is None:
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another "
-                        "--out") from None
-    except OSError:
-        return lock  # a file system without locks
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
+def check_out(config):
+    """Whether --out holds a run to go on with. Raises UserError where a run would overwrite what is there."""
+    out = Path(config.out)
+    best, about = out / "ckpt" / "best", out / "config.json"
+    found = any((out / "ckpt" / name).exists() for name in ("last", "last.old"))
+    if found and not config.resume:
+        raise UserError(f"--out {out} already holds a run; give --resume to go on with it, or another --out")
+    if not found and about.exists() and '"preset"' not in about.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"--out {out} holds something else than a run, which has a config.json; give another --out")
+    if not found and best.exists() and not config.resume:
+        raise UserError(f"--out {out} holds {best} and no ckpt/last to go on from; give another --out, and --start "
+                        f"{best} to begin with it")
+    return found
 
 
 def check_resume(config, saved, lm, path):
@@ -390,6 +387,7 @@ class Plan:
 @dataclass
 class State:
     """Where training stands; state.json of ckpt/last."""
+    data: str = ""            # checksum of what it is trained on and of the dev slice
     step: int = 0
     seen: int = 0
     elapsed: float = 0.0      # seconds, over all starts
@@ -457,10 +455,7 @@ def split_batch(config, world):
 
 def set_up(config, rank, world, device, dtype, why, stack):
     """The Run, new or as far as --resume finds it."""
-    last = Path(config.out) / "ckpt" / "last"
-    found = last.exists() or last.with_name("last.old").exists()
-    if found and not config.resume:
-        raise UserError(f"--out {config.out} already holds a run; give --resume to go on with it, or another --out")
+    found = check_out(config)
     config.batch, micro = split_batch(config, world)
     start = read_checkpoint(config.start) if config.start and not found else None
     torch.manual_seed(config.seed)
@@ -479,6 +474,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
     if config.shard:
         shard(wire, device, dtype)
     trainable = wire.trainable()
+    if not trainable:
+        raise UserError("nothing is left to train: give --lora_rank or --encoder_rank above 0, and --lora_targets")
     optimizer = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
 
@@ -488,8 +485,9 @@ def set_up(config, rank, world, device, dtype, why, stack):
     texts, questions = [items[group[0]].context for group in plan.groups], [item.question for item in items]
     wire.rarity.copy_(rarity(texts, questions, prompt.around, len(wire.rarity)))
 
-    state = restore(config, wire, optimizer) if found else State()
+    state = State(data=checksum(items + dev))
     if found:
+        state = restore(config, wire, optimizer, state.data)
         log(f"resuming {config.out} at step {state.step} of {len(plan)}")
     if world > 1:
         steps = [None] * world
@@ -528,13 +526,17 @@ def introduce(run, dtype, why):
              + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
 
 
-def restore(config, wire, optimizer):
-    """Put what ckpt/last holds into wire and optimizer; returns the State."""
+def restore(config, wire, optimizer, data):
+    """Put what ckpt/last holds into wire and optimizer; returns the State. data: checksum of the questions."""
     saved = read_last_good(Path(config.out) / "ckpt" / "last")
     check_resume(config, saved, wire.lm, Path(config.out) / "config.json")
     load_trained(wire, saved.folder)
     restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
-    return State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
+    state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
+    if state.data not in ("", data):
+        log("notice: the questions are not those that this run began with; it may have been trained on some of the dev "
+            f"slice and of {config.out}/held_out.jsonl")
+    return replace(state, data=data)
 
 
 def begin_files(config, step):
