@@ -2783,11 +2783,18 @@ def test_bytes_are_counted_while_they_are_held():
 
 
 @torch.no_grad()
-def test_presses_that_drop_nothing_answer_as_the_text(tiny):
+def test_published_methods_keep_what_they_are_told_to(tiny):
+    """And where they drop nothing, they answer as the text does."""
     for package in ("kvpress", "llmlingua"):
         pytest.importorskip(package, reason="pip install --no-deps -r requirements-bench.txt")
     wire, prompt, items = make_wire(tiny)
     answers = evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items[:3], wire, 4096)["answers"]
     bench.ALL_ATTENTION_FUNCTIONS["noted"] = lm_module._attend_and_note
-    assert [bench.press_answers(wire, f"{name}Press", items[:3], 4096) for name in ("KVzip", "ExpectedAttention")] == [
-        answers, answers]
+    presses, H = ("KVzipPress", "ExpectedAttentionPress"), len(wire.layout.before)
+    assert [bench.press_answers(wire, press, items[:3], 4096) for press in presses] == [answers, answers]
+    for name in presses:
+        press = getattr(importlib.import_module("kvpress"), name)(n_sink=H)
+        kept = [held.sum().item() for held in bench.press_latents(wire, press, items[0].context, 8).held]
+        assert sum(kept) == pytest.approx(4 * 2 * (H + 8), abs=4 * 2)
+    short = bench.lingua_items(bench.lingua(wire.lm, prompt.tokenizer), prompt, items[:3], 8)
+    assert all(0 < len(one.context) <= 8 < len(item.context) for one, item in zip(short, items))
