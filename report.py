@@ -141,7 +141,7 @@ def advice(run):
     if found and found[0] > 0.5 and found[3] >= 20:
         lines.append(f"{found[0]:.0%} of the answers start with {found[1]!r}: train longer, then raise `--entropy`.")
     if carried and carried[0] <= 0:
-        lines.append("The latents score no better than another context's: train longer, or with a longer `--ramp`.")
+        lines.append("The latents score no better than another context's: train longer.")
     tf = [record["model"]["tf"] for record in run.steps]
     if (n := len(tf)) >= 10:
         early, late = fmean(tf[7 * n // 10:8 * n // 10]), fmean(tf[9 * n // 10:])
@@ -170,7 +170,7 @@ def configuration(run):
         idle = {"lm", "prompt", "max_prompt_tokens", "encoder_rank" if c.get("wire") == "tokens" else "keep"}
         out += [f"- **Dataset**: {Path(c['data']).name}, {c['samples']:,} samples at most",
                 f"- **Wire**: {listed(key for key in wire if key not in idle)}",
-                f"- **Training**: {listed(('batch', 'lr', 'ramp'))}, loss weights {listed(LOSSES)}"]
+                f"- **Training**: {listed(('batch', 'lr'))}, loss weights {listed(LOSSES)}"]
     if run.end:
         seen = run.end.get("samples_seen")
         out.append(f"- **Length**: {run.end['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))

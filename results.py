@@ -12,6 +12,7 @@ row, question by question.
 import re
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import Parser, UserError, run_main, write_atomic
 
@@ -34,6 +35,7 @@ from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
+GONE = {"ramp": 0.0}  # flags that were null and are gone, as a run that did not use them has them
 SHORT = ("Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read")
 LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM", "NLL/token", "First token",
         "Tokens read", "Commit")
@@ -44,6 +46,7 @@ def train_command(config):
     a version that had other flags."""
     preset = config["preset"]
     usual = asdict(Config(**{"preset": preset, **PRESETS.get(preset, {})}))
+    config = {name: value for name, value in config.items() if GONE.get(name) != value}
     if other := {preset} - PRESETS.keys() or config.keys() - usual.keys():
         raise UserError(f"a run with {', '.join(sorted(other))} is of another version: its command is not today's; "
                         "write table: in place of runs:")
@@ -55,7 +58,7 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    m, usual = run.metrics, {"latents": max(budgets(Config(**run.config))) if run.config else 32, "max_new_tokens": 24}
+    m, usual = run.metrics, {"latents": max(budgets(SimpleNamespace(**run.config))) if run.config else 32, "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
     if run.config and run.config["wire"] == "kv" and given.get("predicted") is False:
@@ -67,7 +70,7 @@ def eval_command(run, rows):
 
 def short(name):
     """A preserved run's name without its date, LM and data."""
-    return re.sub(r"^[\d-]+_smollm2_squad_", "", name)
+    return re.sub(r"^[\d-]+_(smollm2_squad_)?", "", name)
 
 
 def cells(run, row, first):

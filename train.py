@@ -63,8 +63,6 @@ class Config(WireConfig):
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
     continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions",
                                 "--continue")
-    ramp: float = option(0.0, "share of the run over which M falls from the text's own length: the task first, then "
-                              "the compression")
     lr: float = option(1e-3, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
@@ -549,7 +547,7 @@ def begin_files(config, step):
         keep_steps(path, step)
 
 
-def make_batch(run, rows, M, rng, progress):
+def make_batch(run, rows, M, rng):
     """(Batch, the teacher's Batch or None) of rows of item numbers."""
     wire, config = run.wire, run.config
     rows, kept = [[run.items[j] for j in row] for row in rows], None
@@ -557,15 +555,13 @@ def make_batch(run, rows, M, rng, progress):
         firsts = [row[0] for row in rows]
         kept = kept_tokens(config.keep, run.lm, wire.prompt, firsts,
                            [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
-    share = max(0.0, 1 - progress / config.ramp) if config.ramp else 0.0  # of the tokens that still have a latent each
-    count = lambda length: min(length, max(wire.stored(length, M), math.ceil(share * length)))
-    batch = wire.collate(rows, count, M, kept, config.continuations, rng)
+    batch = wire.collate(rows, lambda length: wire.stored(length, M), M, kept, config.continuations, rng)
     if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
         batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
 
 
-def train_step(run, progress, window):
+def train_step(run, window):
     """One optimizer step; adds what its micro-batches showed to the window, left on the device (`settle`). Returns
     (gradient norm, questions), or None where a signal ended it: a step may take longer than the 30 s that torchrun
     waits. Of several processes none may leave the others alone: the first one saves, and all go on to the step's end
@@ -579,7 +575,7 @@ def train_step(run, progress, window):
             return None
         if run.stopping and not run.rescued:  # weights and Adam's state are those of the last step until this one ends
             run.rescued = save(run)
-        batch, teacher = make_batch(run, rows, M, rng, progress)
+        batch, teacher = make_batch(run, rows, M, rng)
         # Gradients travel once a step, with the last micro-batch.
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
             loss, parts, logits = run.model(batch, weights, config.K, config.temperature, teacher)
@@ -716,7 +712,7 @@ def train(config, rank, world, device, dtype, why, stack):
         run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * lr_factor(progress, config.warmup)
-        done = train_step(run, progress, window)
+        done = train_step(run, window)
         if done is None:
             stop = True
             break
