@@ -81,7 +81,6 @@ from model import Latents, LatentWire, WireConfig, budgets, every_place
 from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
-from train import defaults
 
 WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -181,12 +180,6 @@ def table(head, rows):
 
 # ------------------------------------------------------------------------------------------------
 
-def as_trained(wire, rows, kept=None):
-    """The Batch of rows of items as train.py lays it out; kept: of --wire tokens, each row's."""
-    extra = defaults("default", wire.config.scope, wire.config.wire).get("continuations", 0)
-    return wire.collate(rows, wire.stored, None, kept, extra, random.Random(0))
-
-
 def step_of(wire, rows):
     """A function that trains on rows of items once, as train.py does but for the clipping and the log."""
     params = list(wire.trainable().values())
@@ -197,7 +190,7 @@ def step_of(wire, rows):
         if wire.config.wire == "tokens":
             kept = kept_tokens(wire.config.keep, wire.lm, wire.prompt, [row[0] for row in rows], [32] * len(rows))
         with record_function("collate"):
-            batch = as_trained(wire, rows, kept).to(wire.rarity.device)
+            batch = wire.collate(rows, wire.stored, None, kept).to(wire.rarity.device)
         loss = wire(batch, WEIGHTS)[0]
         with record_function("backward"):
             loss.backward()
@@ -339,7 +332,7 @@ def step_bytes(config, dtype, rows, prompt, recompute):
         wire = LatentWire(lm, WireConfig(lm="planned", prompt="plain"), prompt).train()
     if recompute:
         checkpoint_layers(lm)
-    batch, trained = as_trained(wire, rows).map(mode.from_tensor), list(wire.trainable().values())
+    batch, trained = wire.collate(rows, wire.stored).map(mode.from_tensor), list(wire.trainable().values())
     with mode, meter:
         before = meter.peak = meter.now
         wire(batch, WEIGHTS)[0].backward()

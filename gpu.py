@@ -48,7 +48,7 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import WEIGHTS, as_trained, setup
+from bench import setup
 from data import Prompt, group_by_context, synthetic
 from lm import embed, head, load_lm, pick_device
 
@@ -167,7 +167,7 @@ def work(args):
                 count += len(rows[-1])
         try:
             with FlopCounterMode(display=False) as counter, torch.autocast(device.type, dtype, device.type == "cuda"):
-                wire(as_trained(wire, rows).to(device), WEIGHTS)[0].backward()
+                wire(wire.collate(rows, wire.stored).to(device), {"tf": 1.0, "first": 0.5})[0].backward()
             return size, counter.get_total_flops() / count
         except torch.OutOfMemoryError:
             wire.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ import numpy as np
 from model import budgets
 from report import Run, markdown_table, paired, percent
 from rows import ROWS, f1_score, interval, split_row
-from train import PRESETS, Config, defaults
+from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
 GONE = {"ramp": 0.0}  # flags that were null and are gone, as a run that did not use them has them
@@ -44,8 +44,8 @@ LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM",
 def train_command(config):
     """The command line that a run's config.json stands for: what differs from its preset. Raises UserError for a run of
     a version that had other flags."""
-    preset, kind = config["preset"], [config.get(name) for name in ("scope", "wire")]
-    usual = asdict(Config(preset=preset, **(defaults(preset, *kind) if preset in PRESETS else {})))
+    preset = config["preset"]
+    usual = asdict(Config(**{"preset": preset, **PRESETS.get(preset, {})}))
     config = {name: value for name, value in config.items() if GONE.get(name) != value}
     if other := {preset} - PRESETS.keys() or config.keys() - usual.keys():
         raise UserError(f"a run with {', '.join(sorted(other))} is of another version: its command is not today's; "
@@ -58,8 +58,7 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    M = max(budgets(SimpleNamespace(**run.config))) if run.config else 32
-    m, usual = run.metrics, {"latents": M, "max_new_tokens": 24}
+    m, usual = run.metrics, {"latents": max(budgets(SimpleNamespace(**run.config))) if run.config else 32, "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
     if run.config and run.config["wire"] == "kv" and given.get("predicted") is False:

@@ -1551,12 +1551,6 @@ def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article
     assert not (passages[0] & passages[1] or passages[0] & passages[2] or passages[1] & passages[2])
 
 
-def test_what_a_kind_of_wire_is_trained_with():
-    given = ("", "--preset squad --latents 8", "--continue 0", "--scope asked", "--wire embeds", "--wire tokens",
-             "--scope asked --continue 2")
-    assert [parse_config(flags.split()).continuations for flags in given] == [3, 3, 0, 0, 0, 0, 2]
-
-
 def test_a_run_warms_up_cools_down_and_ends_on_time(tiny, monkeypatch):
     assert [train.lr_factor(progress, 0.1) for progress in (0.1, 0.55, 1, 2)] == pytest.approx([1, 0.5, 0, 0])
     assert 0 < train.lr_factor(0, 0.1) < train.lr_factor(0.05, 0.1) < 1

@@ -61,8 +61,8 @@ class Config(WireConfig):
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
-    continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions; "
-                                   "0 for other kinds of wires", "--continue")
+    continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions",
+                                "--continue")
     lr: float = option(1e-3, "peak learning rate")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
@@ -104,33 +104,24 @@ PRESETS = {
     "squad": dict(SMOLLM, samples=90_000, epochs=1, minutes=60.0, eval_every=400, log_every=20, out="runs/squad"),
 }
 
-
-def defaults(preset, scope="context", wire="kv"):
-    """{flag: value} of what a preset and a kind of wire set. Latents of a context must tell all of it, too: questions
-    ask for little of it."""
-    return PRESETS[preset] | ({"continuations": 3} if (scope, wire) == ("context", "kv") else {})
-
-
 # By the first flag of each.
 TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "epochs": "optimizer", "tf": "loss mix",
           "preset": "the run"}
 
 
 def parse_config(argv=None):
-    first = Parser("")  # the other flags' defaults hang on these
-    for name, usual in (("preset", "default"), ("scope", "context"), ("wire", "kv")):
-        first.add_argument(f"--{name}", default=usual)
+    first = Parser("")  # the other flags' defaults hang on the preset
+    first.add_argument("--preset", default="default")
     argv = sys.argv[1:] if argv is None else argv
-    chosen, _ = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
-    if chosen.preset not in PRESETS:
-        raise UserError(f"--preset {chosen.preset} is unknown; there are {', '.join(PRESETS)}")
-    usual = defaults(**vars(chosen))
+    preset = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].preset
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     p = Parser(__doc__)
     p.usage = "%(prog)s [flags]"  # there are forty
     for f in fields(Config):
         if f.name in TOPICS:
             add = p.add_argument_group(TOPICS[f.name]).add_argument
-        default = usual.get(f.name, f.default)
+        default = PRESETS[preset].get(f.name, f.default)
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
         add(f"--{f.name}", *f.metadata["aliases"], help=f"{f.metadata['help']} (default {default})", **kind)
     config = Config(**vars(p.parse_args(argv)))
