@@ -58,7 +58,8 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    m, usual = run.metrics, {"latents": max(budgets(SimpleNamespace(**run.config))) if run.config else 32, "max_new_tokens": 24}
+    M = max(budgets(SimpleNamespace(**run.config))) if run.config else 32
+    m, usual = run.metrics, {"latents": M, "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
     if run.config and run.config["wire"] == "kv" and given.get("predicted") is False:
