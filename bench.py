@@ -87,13 +87,13 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # as its config.json says
 
 
-def setup(args, **changes):
-    """(wire, items): a fresh LM with a wire around it, and tokenised examples, those of a paragraph together."""
+def setup(args, most=5000, **changes):
+    """(wire, items): a fresh LM with a wire around it, and `most` tokenised examples, those of a paragraph together."""
     torch.manual_seed(0)
     lm, tokenizer = load_lm(args.lm, device=args.device, wired=True)
     prompt = Prompt(tokenizer, "plain", 1024)
     wire = LatentWire(lm, WireConfig(lm=args.lm, **{"prompt": "plain", "lora_rank": 8, **changes}), prompt).train()
-    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:5000])
+    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:most])
 
 
 def seconds(run):

@@ -203,7 +203,7 @@ def adapter_latents(wire, texts, counts):
 # ------------------------------------------------------------------------------------------------
 # Answers
 
-def length_batches(lengths, batch, padded=5000):
+def length_batches(lengths, batch, padded):
     """Numbers of items of like length, at most `batch` of them and `padded` tokens a batch, so that few long contexts
     do not pad many short ones. Longest first: what does not fit into memory fails at once, and the ETA falls rather
     than grows."""
@@ -287,7 +287,8 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
     others = [items[o] for o in other_contexts(items)] if row.latents == "other" else items
     rare = None if row.keep != "matched" else wire.rarity if wire else words_of(prompt, lm)
     answers, ids, hits, total = [None] * len(items), [None] * len(items), [], Counter()
-    for chunk in length_batches([len(other.context) for other in others], batch):
+    padded = 5_000 if lm.device.type == "cpu" else 50_000  # tokens at once: on a GPU a token's time is its launches
+    for chunk in length_batches([len(other.context) for other in others], batch, padded):
         given, latents = [items[i] for i in chunk], None
         began = time.perf_counter()
         if row.latents:
