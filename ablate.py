@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import Parser, UserError, find_row, log, run_main, write_atomic
+from common import Parser, UserError, find_row, log, run_main, same_file, write_atomic
 
 CELLS = {  # name: what train.py gets beside the recipe
     "base": "", "embeds": "--wire embeds", "prompt scope": "--scope prompt",
@@ -98,7 +98,7 @@ def table(folders):
 
 
 def main(args):
-    if args.eval_data == args.data and args.data not in ("squad", "synthetic"):
+    if same_file(args.eval_data, args.data) and args.data not in ("squad", "synthetic"):
         raise UserError(f"--eval_data {args.eval_data} is --data itself; give other questions to measure by")
     cells, folders = [cell.strip() for cell in args.cells.split(",")], {}
     if unknown := [cell for cell in cells if cell not in CELLS]:

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import Parser, UserError, log, run_main
+from common import Parser, UserError, check_counts, log, run_main, same_file
 
 
 def parse_args(argv=None):
@@ -63,7 +63,7 @@ import torch
 
 from data import LATENT, PAD, Example, Prompt, pad, whole
 from export import export
-from lm import embed, generate, importance, lm_identity, load_lm, use_lora
+from lm import embed, generate, importance, lm_identity, load_lm, positions, use_lora
 from model import LatentWire, untrained
 from store import (Checkpoint, Document, encode, join, load_document, load_wire, printable, read_checkpoint,
                    save_document, stored_bytes)
@@ -159,14 +159,12 @@ def inspect(wire, latents, question, args):
 def check(args, config):
     """Raise UserError where the command line contradicts itself or the wire's config."""
     document = args.context or args.load
-    for name in ("latents", "ratio", "max_new_tokens"):
-        if (value := getattr(args, name)) is not None and not 1 <= value < float("inf"):
-            raise UserError(f"--{name} {value} must be a number of at least 1")
+    check_counts(args, "latents", "ratio", "max_new_tokens")
     if not document and not args.export:
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
-    if args.save and Path(args.save).exists() and Path(args.save).resolve() == Path(args.context).resolve():
+    if args.save and Path(args.save).exists() and same_file(args.save, args.context):
         raise UserError(f"--save {args.save} is the text itself; give another name")
     if document and config.wire == "tokens":
         raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
@@ -247,8 +245,7 @@ def main(args):
     documents = [load_document(path, saved, lm_identity(lm), lm.device, lm.dtype) for path in args.load or ()]
     documents += [read_document(args, wire, saved)] if args.context else []
     together = join(wire, [document.latents for document in documents]) if documents else None
-    most = getattr(lm.config, "max_position_embeddings", None) or sys.maxsize
-    if together and int(together.length) > most:
+    if together and int(together.length) > (most := positions(lm)):
         log(f"notice: {int(together.length):,} latents are more than the {most:,} positions of {lm.name}, beyond which "
             "it reads badly; give a higher --ratio, fewer --latents or fewer files")
     if args.export:

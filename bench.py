@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from common import Parser, UserError, log, run_main, write_atomic
+from common import Parser, UserError, check_counts, log, run_main, write_atomic
 
 PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "articles", "peers")
 TRAINED = ("documents", "articles", "peers")  # these need --ckpt
@@ -573,8 +573,7 @@ def bench_peers(args):
 
 
 def main(args):
-    if args.repeats < 1 or args.samples < 1 or args.batch < 1:
-        raise UserError("--repeats, --samples and --batch must be at least 1")
+    check_counts(args, "repeats", "samples", "batch")
     for part in args.parts:
         if part not in (*PARTS, "all"):
             raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")

@@ -99,6 +99,18 @@ def claim(out):
     return lock
 
 
+def check_counts(args, *names):
+    """Raise UserError for a flag of those that is given and is no number of at least 1."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and not 1 <= value < float("inf"):
+            raise UserError(f"--{name} {value} must be a number of at least 1")
+
+
+def same_file(one, other):
+    """Whether two paths lead to the same place."""
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def check_own(path, begins, fix):
     """Raise UserError where a page would replace one that this program has not written: it does not begin so."""
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(begins):

@@ -8,12 +8,12 @@ Evaluate: answer the same questions through every row of rows.py, and say what e
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
 import json
-import math
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from common import Parser, UserError, append_line, claim, find_row, first_process, log, run_main, write_atomic
+from common import (Parser, UserError, append_line, check_counts, claim, find_row, first_process, log, run_main,
+                    write_atomic)
 
 
 def parse_args(argv=None):
@@ -60,7 +60,7 @@ from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
 from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row,
                   summary, words_of)
-from store import (FORMATS, GROUP, SCALE_BITS, load_wire, place_values, read_checkpoint, stored_bytes,
+from store import (FORMATS, SCALE_BITS, group_size, load_wire, place_values, read_checkpoint, stored_bytes,
                    vector_width)
 
 
@@ -183,12 +183,12 @@ def describe_latents(metrics, name, result, items, wire):
     bytes_of = {kind: stored_bytes(wire.lm, wire.config, places, kind) for kind in FORMATS}
     texts = [item.example.context for item in items]  # what the latents stand in for
     utf8 = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    group = math.gcd(GROUP, vector_width(wire.lm, wire.config.wire))
     metrics["payload_bytes"], metrics["payload_bytes_detail"] = bytes_of["fp32"], {**bytes_of, "selected": "fp32"}
     metrics["wire"] = {
         "prompt_chars": {name: sum(map(len, texts))}, "prompt_count": n,
         "latent_shape": [n, metrics["latent_len"], place_values(wire.lm, wire.config.wire)], "latent_bytes": bytes_of,
-        "text_bytes": {"utf8": utf8}, "group_size": group, "scale_bits": SCALE_BITS,
+        "text_bytes": {"utf8": utf8}, "group_size": group_size(vector_width(wire.lm, wire.config.wire)),
+        "scale_bits": SCALE_BITS,
         "selected_latent_bytes": bytes_of["fp32"],
         "wire_ratio": {kind: utf8 / count for kind, count in bytes_of.items()}}
 
@@ -294,9 +294,7 @@ def how_many(args, config):
 
 
 def main():
-    for option in ("samples", "batch", "max_new_tokens", "latents", "ratio"):
-        if (value := getattr(args, option)) is not None and not 1 <= value < float("inf"):
-            raise UserError(f"--{option} {value} must be a number of at least 1")
+    check_counts(args, "samples", "batch", "max_new_tokens", "latents", "ratio")
     saved = read_checkpoint(args.ckpt) if args.ckpt is not None else None
     config = saved.config if saved else untrained(args.lm or "smollm2-135m", args.prompt or "plain",
                                                   args.max_prompt_tokens or 1024)

@@ -472,10 +472,14 @@ def check_cache(name, config):
                         "Llama, Qwen, Mistral or SmolLM")
 
 
+def positions(lm):
+    """How many positions the LM has, infinitely many where it does not say."""
+    return getattr(lm.config, "max_position_embeddings", None) or math.inf
+
+
 def check_length(lm, tokens):
     """Raise UserError for --max_prompt_tokens of more than the LM has positions."""
-    most = getattr(lm.config, "max_position_embeddings", None) or math.inf
-    if tokens > most:
+    if tokens > (most := positions(lm)):
         raise UserError(f"--max_prompt_tokens {tokens} is more than the {most} positions of {lm.name}; give {most} or "
                         "less")
 

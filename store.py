@@ -32,17 +32,22 @@ READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a forma
 # Payload: how latents travel
 
 FORMATS = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}  # bits per value
-GROUP, SCALE_BITS = 32, 16  # integers share one scale per group
+SCALE_BITS = 16  # of the scale that the integers of a group share
+
+
+def group_size(width):
+    """How many neighbours in a vector of that width share a scale: 32, or what 32 and the width have in common."""
+    return math.gcd(32, width)
 
 
 def quantise(x, kind):
     """x (..., d), d even -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4: round to nearest
-    by absolute maximum per group of 32 (or of what 32 and d have in common), int8 codes (two int4 codes to a byte) and
+    by absolute maximum per group (`group_size`), int8 codes (two int4 codes to a byte) and
     float16 scales."""
     if kind in ("fp32", "fp16"):
         return x.to(torch.float32 if kind == "fp32" else torch.float16), None
     largest = 2 ** (FORMATS[kind] - 1) - 1
-    groups = x.float().unflatten(-1, (-1, math.gcd(GROUP, x.shape[-1])))
+    groups = x.float().unflatten(-1, (-1, group_size(x.shape[-1])))
     scales = (groups.abs().amax(-1, keepdim=True) / largest).clamp(min=1e-7).half()
     codes = (groups / scales.float()).round().clamp(-largest, largest).to(torch.int8).flatten(-2)
     if kind == "int4":
@@ -63,7 +68,7 @@ def dequantise(values, scales):
 
 def payload_bytes(values, kind, width):
     """Bytes of so many values, in vectors of that width: for integers, their float16 scales too."""
-    scales = values // math.gcd(GROUP, width) if kind in ("int8", "int4") else 0
+    scales = values // group_size(width) if kind in ("int8", "int4") else 0
     return (values * FORMATS[kind] + scales * SCALE_BITS) // 8
 
 

@@ -1414,7 +1414,7 @@ def test_any_damage_is_noticed(tiny, tmp_path, capsys):
     os.umask(mask)
     rng, refused, folder = random.Random(0), 0, tmp_path / "bad"
     names = [path.name for path in sorted((tmp_path / "good").iterdir())]
-    assert {(tmp_path / "good" / name).stat().st_mode & 0o777 for name in names} == {0o644}  # who may read one ...
+    assert {(tmp_path / "good" / name).stat().st_mode & 0o777 for name in names} == {0o644}  # as the umask has it
     for victim, kind in itertools.product(names, ["empty", "missing", *["flip", "cut", "junk"] * 4]):
         shutil.copytree(tmp_path / "good", folder)
         blob = bytearray((folder / victim).read_bytes())

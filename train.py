@@ -30,7 +30,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import Parser, UserError, append_line, claim, first_process, log, read_lines, run_main, write_atomic
+from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_lines, run_main,
+                    same_file, write_atomic)
 from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
@@ -125,9 +126,7 @@ def parse_config(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
         add(f"--{f.name}", *f.metadata["aliases"], help=f"{f.metadata['help']} (default {default})", **kind)
     config = Config(**vars(p.parse_args(argv)))
-    for name in ("samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    check_counts(config, "samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K")
     if config.epochs < (0 if config.start else 1):
         raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
     for f in fields(Config):
@@ -145,8 +144,7 @@ def parse_config(argv=None):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     check_config(config)
-    same = Path(config.eval_data).resolve() == Path(config.data).resolve()
-    if config.eval_data and same and config.data not in ("squad", "synthetic"):
+    if config.eval_data and same_file(config.eval_data, config.data) and config.data not in ("squad", "synthetic"):
         raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
