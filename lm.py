@@ -403,7 +403,12 @@ def turning_layers(lm):
 BLOCK = 256  # tokens that look at once in `importance`: its weights, unlike SDPA's, are held
 
 
-def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, cached=None, **kwargs):
+def norm_behind(layer):
+    """The norm between a layer's attention and the residual stream; None where there is none, as in Llama."""
+    return layer.post_attention_layernorm if hasattr(layer, "post_feedforward_layernorm") else None
+
+
+def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, norms, cached=None, **kwargs):
     """Attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
     if cached is not None:
         attention_mask = _beside(cached[module.layer_idx], attention_mask)
@@ -415,8 +420,13 @@ def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, 
         weight = weight.softmax(-1, dtype=torch.float32)
         out.append(weight.to(value.dtype) @ value[:, :, None])
         most.append(weight.mul_(asks).amax((2, 3)))
-    noted.append(torch.stack(most).amax(0) * value.float().norm(dim=-1))
-    return torch.cat(out, 3).flatten(1, 2).transpose(1, 2).contiguous(), None
+    out, need = torch.cat(out, 3).flatten(1, 2).transpose(1, 2).contiguous(), torch.stack(most).amax(0)
+    if (norm := norms[module.layer_idx]) is not None:  # how long a value is, says nothing until it has passed that
+        given = out.flatten(2)
+        longer = norm(module.o_proj(given)).float().norm(dim=-1) / given.float().norm(dim=-1)
+        need *= ((longer * asking).sum(1) / asking.sum(1).clamp(min=1))[:, None, None]
+    noted.append(need * value.float().norm(dim=-1))
+    return out, None
 
 
 AttentionInterface.register("noted", _attend_and_note)
@@ -426,20 +436,22 @@ AttentionInterface.register("noted", _attend_and_note)
 def importance(lm, embeds, real, cached=None, asking=None, lora=None):
     """How much the LM needs each place while it reads: (B, heads, N + S) a layer, the most attention that any token
     that asks and any query head gives a place, times the length of its value (KVzip, arXiv 2505.23416; times the
-    value's length: arXiv 2406.12335). embeds (B, S, d); real (B, S): which are no padding, on the right; cached: what
-    stands in front of them (model.Latents with keys and values); asking (B, S) bool: all, if not given."""
+    value's length: arXiv 2406.12335); where a norm stands behind attention, times how much longer it comes out there
+    on average, or layers could not be compared. embeds (B, S, d); real (B, S): which are no padding, on the right;
+    cached: what stands in front of them (model.Latents with keys and values); asking (B, S) bool: all, if not given."""
     (B, S), device, tape, seen = real.shape, real.device, Tape(), None
     position = torch.arange(S, device=device).expand(B, -1)
     if cached is not None:
         tape, position = Tape(cached.keys, cached.values), position + cached.length[:, None]
         seen = behind(lm, cached, position)
     mask = masks(lm, torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position, position)
-    noted, before = [], lm.config._attn_implementation
+    noted, asking, before = [], real if asking is None else asking, lm.config._attn_implementation
+    norms = [norm_behind(layer) for layer in lm.model.layers]
     lm.config._attn_implementation = "noted"
     try:
         with use_lora(lm, lora):
             lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
-                     use_cache=True, noted=noted, asking=real if asking is None else asking, cached=seen)
+                     use_cache=True, noted=noted, asking=asking, norms=norms, cached=seen)
     finally:
         lm.config._attn_implementation = before
     return noted

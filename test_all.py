@@ -691,26 +691,51 @@ def test_an_embeds_wire_starts_as_the_words_it_stands_for(tiny):
 
 
 @torch.no_grad()
-def test_importance_is_the_attention_that_a_place_gets_times_the_length_of_its_value(family):
-    """Against the eager attention of one pass without a cache, left to right; padding asks for nothing."""
+def test_importance_is_the_attention_that_a_place_gets_times_the_length_of_what_that_adds(family):
+    """Against the eager attention of one pass without a cache, left to right; padding asks for nothing. Where a norm
+    stands behind attention, a value is as long as what comes out of the norm, by what goes into the projection."""
     wire, prompt, items = family
     lm, rng = wire.lm, np.random.default_rng(0)
     texts, asks = (torch.from_numpy(rng.integers(3, 4000, shape)) for shape in ((2, 30), (2, 7)))
     real, tape = torch.ones(2, 7, dtype=torch.bool), Tape()
     real[1, 5:] = False
+    normed, given, added = lm.config.model_type in ("olmo2", "gemma3_text"), [], []
+    hooks = []
+    for layer in lm.model.layers if normed else ():
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda module, x: given.append(x[0])))
+        hooks.append(layer.post_attention_layernorm.register_forward_hook(lambda module, x, y: added.append(y)))
     with use_lora(lm, None):
+        own = lm.config._attn_implementation
+        lm.set_attn_implementation("eager")
+        attention = lm(input_ids=torch.cat([texts, asks], 1), output_attentions=True).attentions
+        lm.set_attn_implementation(own)
+        for hook in hooks:
+            hook.remove()
         lm.model(inputs_embeds=embed(lm, texts), past_key_values=tape, use_cache=True)
         keys, values = zip(*(tape.caught[layer] for layer in range(4)))
         held = [torch.ones(2, 1, 30, dtype=torch.bool)] * 4
         text = Latents(torch.tensor([30, 30]), held, None, list(keys), list(values))
         found = importance(lm, embed(lm, asks), real, text)
-        own = lm.config._attn_implementation
-        lm.set_attn_implementation("eager")
-        attention = lm(input_ids=torch.cat([texts, asks], 1), output_attentions=True).attentions
-        lm.set_attn_implementation(own)
-    for score, weights, value in zip(found, attention, values):
+    for layer, (score, weights, value) in enumerate(zip(found, attention, values)):
         weights = weights.unflatten(1, (2, 2))[..., 30:, :30] * real[:, None, None, :, None]
-        assert torch.allclose(score[..., :30], weights.amax((2, 3)) * value.norm(dim=-1), atol=1e-4)
+        expected = weights.amax((2, 3)) * value.norm(dim=-1)
+        if normed:
+            longer = added[layer][:, 30:].norm(dim=-1) / given[layer][:, 30:].norm(dim=-1)
+            expected *= torch.stack([row[there].mean() for row, there in zip(longer, real)])[:, None, None]
+        assert torch.allclose(score[..., :30], expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_scale_that_the_lm_does_not_see_changes_nothing_in_what_is_needed():
+    """A norm behind attention undoes the scale of a layer's values, and so must the choice between layers."""
+    lm = random_lm("Gemma3Text", dict(sliding_window=64, head_dim=16))
+    ids = torch.arange(3, 43)[None]
+    real = torch.ones_like(ids, dtype=torch.bool)
+    need = lambda: torch.stack(importance(lm, embed(lm, ids), real))
+    logits, before = lm(ids).logits, need()
+    lm.model.layers[1].self_attn.v_proj.weight.mul_(100)
+    assert torch.allclose(lm(ids).logits, logits, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(need(), before, rtol=1e-2)
 
 
 @torch.no_grad()
