@@ -199,7 +199,7 @@ def describe_latents(metrics, name, result, items, wire):
 def choose_rows(mode, config, trained):
     """The names of --mode's rows. config: of the wire, trained or not. Raises UserError for a row that is none or that
     this wire cannot answer."""
-    own = [name for name in rows_of(config) if trained or not ROWS[name].trained]
+    own = [name for name in rows_of(config) if trained or not ROWS[name].lora]
     if mode == "all":
         if missing := [name for name in ROWS if name not in own]:
             why = f"--wire {config.wire} has none" if trained else "no --ckpt (latent by name: of an untrained wire)"

@@ -89,43 +89,34 @@ def facts(args, left):
         driver = subprocess.run(ask, capture_output=True, text=True).stdout.strip() if shutil.which(ask[0]) else None
         found |= {"card": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda,
                   "gb": round(total / 1e9, 1), "free_gb": round(free / 1e9, 1),
-                  "capability": torch.cuda.get_device_capability(),
-                  "attention": {"flash": torch.backends.cuda.flash_sdp_enabled(),
-                                "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-                                "efficient": torch.backends.cuda.mem_efficient_sdp_enabled()}}
+                  "capability": torch.cuda.get_device_capability()}
     return found
 
 
-class Reading:
-    """An LM and eight prompts; read() -> the log-probabilities (tokens, V) that it gives after each of their tokens."""
-
-    def __init__(self, name, dtype, device):
-        self.lm, tokenizer = load_lm(name, dtype, device)
-        prompt = Prompt(tokenizer)
-        texts = [prompt.text(item) for item in prompt.items(synthetic("dev", 8))]
-        self.rows = [torch.from_numpy(text)[None].long().to(self.lm.device) for text in texts]
-
-    def read(self, masked=False):
-        """masked: with the causal mask given, as a wire's reader has one; with it the flash kernel does not apply, and
-        without it the efficient one does not, where several query heads share a key."""
-        states = []
-        for row in self.rows:
-            causal = torch.ones(1, 1, *[row.shape[1]] * 2, dtype=torch.bool, device=row.device).tril()
-            states.append(self.lm.model(inputs_embeds=embed(self.lm, row), attention_mask=causal if masked else None,
-                                        use_cache=False).last_hidden_state[0])
-        return head(self.lm, torch.cat(states)).float().log_softmax(-1)
+def read(lm, rows, masked=False):
+    """The log-probabilities (tokens, V) that an LM gives after each token of rows, (1, S) token ids each. masked: with
+    the causal mask given, as a wire's reader has one; with it the flash kernel does not apply, and without it the
+    efficient one does not, where several query heads share a key."""
+    states = []
+    for row in rows:
+        causal = torch.ones(1, 1, *[row.shape[1]] * 2, dtype=torch.bool, device=row.device).tril()
+        states.append(lm.model(inputs_embeds=embed(lm, row), attention_mask=causal if masked else None,
+                               use_cache=False).last_hidden_state[0])
+    return head(lm, torch.cat(states)).float().log_softmax(-1)
 
 
 @torch.no_grad()
 def checks(args, left):
     """bf16 against float32, flash against plain attention, and two trainings that must end alike."""
-    exact, rounded = (Reading(args.lm, dtype, args.device) for dtype in (torch.float32, torch.bfloat16))
-    gap = lambda a, b: (a - b).abs().mean().item()
-    found, kernels = {"bound": LOGIT_BOUND, "bf16 - float32": gap(rounded.read(), exact.read())}, {}
+    (exact, tokenizer), (rounded, _) = (load_lm(args.lm, kind, args.device) for kind in (torch.float32, torch.bfloat16))
+    prompt, gap = Prompt(tokenizer), lambda a, b: (a - b).abs().mean().item()
+    texts = [prompt.text(item) for item in prompt.items(synthetic("dev", 8))]
+    rows = [torch.from_numpy(text)[None].long().to(exact.device) for text in texts]
+    found, kernels = {"bound": LOGIT_BOUND, "bf16 - float32": gap(read(rounded, rows), read(exact, rows))}, {}
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         try:
             with sdpa_kernel(kernel):
-                kernels[kernel] = rounded.read(kernel == SDPBackend.EFFICIENT_ATTENTION)
+                kernels[kernel] = read(rounded, rows, kernel == SDPBackend.EFFICIENT_ATTENTION)
         except RuntimeError as error:
             found[kernel.name] = str(error).splitlines()[0][:100]
     for kernel, values in list(kernels.items())[1:]:

@@ -135,24 +135,6 @@ def first_words(run):
     return (count / words.total(), word, len(words), words.total()) if words else None
 
 
-def advice(run):
-    """What this run's own figures say about the next one."""
-    lines, found, carried = [], first_words(run), run.metrics.get("carried_ci95")
-    if found and found[0] > 0.5 and found[3] >= 20:
-        lines.append(f"{found[0]:.0%} of the answers start with {found[1]!r}: train longer, then raise `--entropy`.")
-    if carried and carried[0] <= 0:
-        lines.append("The latents score no better than another context's: train longer.")
-    tf = [record["model"]["tf"] for record in run.steps]
-    if (n := len(tf)) >= 10:
-        early, late = fmean(tf[7 * n // 10:8 * n // 10]), fmean(tf[9 * n // 10:])
-        falls = late < early - 0.02
-        lines.append(f"The training loss {'still fell' if falls else 'was flat'} at the end (tf {early:.2f} at three "
-                     f"quarters, {late:.2f} at the end): {'more samples pay' if falls else 'change the recipe'}.")
-    if skipped := run.last("skipped_steps"):
-        lines.append(f"{skipped} steps were skipped because their gradients were not finite: lower `--lr`.")
-    return lines or ["Nothing in these files asks for a change."]
-
-
 # ------------------------------------------------------------------------------------------------
 # The run as Markdown
 
@@ -214,7 +196,8 @@ def own_lines(run):
 
 def diagnostics(run):
     """The last step's values, and the memory in use."""
-    keys = ("grad_norm", "first_acc", "first_acc_top5", *LOSSES[:-1], "entropy_loss", "prediction_diversity")
+    keys = ("grad_norm", "first_acc", "first_acc_top5", *LOSSES[:-1], "entropy_loss", "prediction_diversity",
+            "skipped_steps")
     values = ", ".join(f"{key} {run.last(key):.4g}" for key in keys if run.last(key) is not None)
     words = Counter(run.last("prediction_histogram")).most_common(5)
     memory = [f"- GPU {gpu['id']}: {gpu['allocated_gb']} GB allocated ({gpu['utilization_pct']}% utilization)"
@@ -229,8 +212,7 @@ def markdown(run, level=1):
     parts = [(1, "Configuration", configuration(run)),
              (1, "Key Results", markdown_table(*score_table(run)) if run.rows else ["Not evaluated yet."]),
              (2, "Latent compression" if run.own == "latent" else f"The row `{run.own}`", own_lines(run)),
-             (1, "Final training diagnostics", diagnostics(run)),
-             (1, "What to change next", [f"{i}. {line}" for i, line in enumerate(advice(run), 1)])]
+             (1, "Final training diagnostics", diagnostics(run))]
     sections = [[f"{'#' * (level + depth)} {title}", "", *lines, ""] for depth, title, lines in parts if lines]
     return "\n".join([f"{'#' * level} Experiment: {run.name}", "", *sum(sections, [])])
 
@@ -374,12 +356,6 @@ def html_table(head, rows):
     return f"<div class=wide><table>{cells('th', head)}{''.join(cells('td', row) for row in rows)}</table></div>"
 
 
-def divided(record):
-    """(context, question) of a prediction's prompt."""
-    context, _, question = record["prompt"].rpartition("\nQuestion: ")
-    return context, question.partition("\n")[0]
-
-
 def shaded(kept):
     """A text, each of whose tokens is the darker the more of the latents are of it."""
     most = max(share for _, share in kept) or 1
@@ -392,7 +368,8 @@ def prediction(run, record):
     right = {row: verdict[int(exact_match(record[row], golds))] for row in run.rows if row in record}
     answers = [["gold", " | ".join(golds), ""], *([row, record[row], right[row]] for row in right)]
     own = run.own if run.own in right else next(iter(right))
-    context, question, answer = map(html.escape, (*divided(record), record[own]))
+    context, _, question = record["prompt"].rpartition("\nQuestion: ")
+    context, question, answer = map(html.escape, (context, question.partition("\n")[0], record[own]))
     context = shaded(record["kept"]) if "kept" in record else context
     return (f"<details class={right[own]}><summary>{question} <b>{answer}</b></summary><p>{context}</p>"
             f"{html_table(['row', 'answer', ''], answers)}</details>")
@@ -428,7 +405,6 @@ def page(runs):
         whole = [record for record in run.predictions if "prompt" in record and run.rows.keys() & record.keys()]
         body += [f"<div class=head>{big}</div>", *curves[:2]]
         body += ["<h2>Every row</h2>", html_table(*score_table(run)), *curves[2:]]
-        body += ["<h2>What to change next</h2>", *(f"<p>{html.escape(line)}</p>" for line in advice(run))]
         body += ["<h2>Predictions</h2>", "<p>Opened, the first of them show their text, each word the darker the more "
                  "of the latents are of it.</p>" * any("kept" in record for record in whole), FILTER,
                  *(prediction(run, record) for record in whole)]

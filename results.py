@@ -1,8 +1,7 @@
 """
 Write the tables of README.md and RESULTS.md from the files of preserved runs, so that they cannot go stale.
 
-    python results.py            # write both anew
-    python results.py --check    # exit code 1 where one of them is not what the runs say
+    python results.py
 
 Where a text says <!-- runs: latent@NAME truncated_lora@OTHER --> ... <!-- end -->, what stands between the two becomes
 the commands of those runs of preserved_data and a table of those rows; `table:` in place of `runs:` leaves out the
@@ -18,14 +17,11 @@ from common import Parser, UserError, run_main, write_atomic
 
 
 def parse_args(argv=None):
-    p = Parser(__doc__)
-    p.add_argument("--check", action="store_true", help="change nothing, say which files are stale")
-    p.add_argument("files", nargs="*", default=["README.md", "RESULTS.md"], help="default: README.md RESULTS.md")
-    return p.parse_args(argv)
+    return Parser(__doc__).parse_args(argv)
 
 
 if __name__ == "__main__":
-    args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
+    parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
 import numpy as np
 
@@ -42,14 +38,10 @@ LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM",
 
 
 def train_command(config):
-    """The command line that a run's config.json stands for: what differs from its preset. Raises UserError for a run of
-    a version that had other flags."""
+    """The command line that a run's config.json stands for: what differs from its preset."""
     preset = config["preset"]
-    usual = asdict(Config(**{"preset": preset, **PRESETS.get(preset, {})}))
+    usual = asdict(Config(**{"preset": preset, **PRESETS[preset]}))
     config = {name: value for name, value in config.items() if GONE.get(name) != value}
-    if other := {preset} - PRESETS.keys() or config.keys() - usual.keys():
-        raise UserError(f"a run with {', '.join(sorted(other))} is of another version: its command is not today's; "
-                        "write table: in place of runs:")
     idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
     flags = [f"--{name}" + ("" if value is True else f" {shown(value)}") for name, value in config.items()
@@ -58,15 +50,13 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    M = max(budgets(SimpleNamespace(**run.config))) if run.config else 32
-    m, usual = run.metrics, {"latents": M, "max_new_tokens": 24}
+    m, usual = run.metrics, {"latents": max(budgets(SimpleNamespace(**run.config))), "max_new_tokens": 24}
     given = m["fingerprint"]
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
-    if run.config and run.config["wire"] == "kv" and given.get("predicted") is False:
+    if run.config["wire"] == "kv" and given.get("predicted") is False:
         changed.append(" --read_again")
-    who = f"--ckpt {run.config['out']}/ckpt/best" if run.config else f"--lm {run.lm}"
-    return (f"python eval.py --mode {','.join(rows)} {who} --data {Path(m['dataset']).name} --samples {m['samples']}"
-            + "".join(changed))
+    return (f"python eval.py --mode {','.join(rows)} --ckpt {run.config['out']}/ckpt/best "
+            f"--data {Path(m['dataset']).name} --samples {m['samples']}" + "".join(changed))
 
 
 def short(name):
@@ -84,9 +74,9 @@ def cells(run, row, first):
     start = Path(run.config.get("start", "")).parts  # preserved_data/RUN/ckpt or RUN/ckpt/best
     after = f" after {short(start[start[0] == RUNS.name])}'s" if start else ""
     return {
-        "Run": short(run.name) if about.trained else "-", "Row": row,
+        "Run": short(run.name) if about.lora else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
-        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.trained else "-",
+        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
         "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
         "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
@@ -137,8 +127,7 @@ def block(kind, names):
     found = [cells(runs[name], row, first) for row, name in pairs]
     if kind == "runs":
         of = lambda name: [row for row, theirs in pairs if theirs == name]
-        trained = lambda run: [train_command(run.config)] if run.config else []
-        lines = [[*trained(run), eval_command(run, of(name))] for name, run in runs.items()]
+        lines = [[train_command(run.config), eval_command(run, of(name))] for name, run in runs.items()]
         commands = ["```", *dict.fromkeys(sum(lines, [])), "```", ""]
     if kind == "table":  # is read in two minutes
         found = [row | {"EM": row["EM"].split(" ")[0]} for row in found]
@@ -152,18 +141,12 @@ def renewed(text):
                   lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
 
 
-def main(args):
-    stale = []
-    for name in args.files:
+def main():
+    for name in ("README.md", "RESULTS.md"):
         path = Path(__file__).parent / name
-        text = path.read_text(encoding="utf-8")
-        if (new := renewed(text)) != text:
-            stale.append(name)
-            if not args.check:
-                write_atomic(path, new)
-    print(f"{'stale' if args.check else 'written'}: {', '.join(stale)}" if stale else "nothing has changed")
-    return 1 if args.check and stale else 0
+        write_atomic(path, renewed(path.read_text(encoding="utf-8")))
+    print("written: README.md, RESULTS.md")
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(args))
+    run_main(main)

@@ -27,18 +27,14 @@ from store import FORMATS, through
 class Row:
     """One row. heading: its name in tables; help: what it reads; reads(prompt, item, kept): the token ids of a row
     without latents; keep: which of the context's tokens are `kept` (`kept_tokens`); lora: read with the reader's LoRA
-    on; latents: "own", "other" (another context's) or "adapter" (no encoder) where the reader gets latents."""
+    on, so it needs a trained wire; latents: "own", "other" (another context's) or "adapter" (no encoder) where the
+    reader gets latents."""
     heading: str
     help: str
     reads: Callable | None = None
     keep: str = ""
     lora: bool = False
     latents: str = ""
-
-    @property
-    def trained(self):
-        """Whether it needs a trained wire."""
-        return self.lora or bool(self.latents)
 
 
 _text = lambda prompt, item, kept: prompt.text(item)
@@ -191,9 +187,6 @@ def other_contexts(items):
 
 def adapter_latents(wire, texts, counts):
     """Latents of an embeds wire without its encoder: the texts' embeddings at counts[b] places through its adapter."""
-    if wire.config.wire != "embeds":
-        raise UserError(f"--mode adapter needs a wire with an adapter; this one is --wire {wire.config.wire}, train "
-                        "one with --wire embeds")
     rows = [embed(wire.lm, torch.from_numpy(text)[None].long().to(wire.lm.device)).float() for text in texts]
     base = pad_sequence([F.interpolate(row.transpose(1, 2), count, mode="linear")[0].T
                          for row, count in zip(rows, counts)], True)

@@ -82,15 +82,9 @@ Next:
   .venv/bin/python train.py --preset squad     # real SQuAD, an hour; --data FILE for a local copy
 END
   ;;
-ablate)
-  shift
+ablate | results)
   setup
-  exec .venv/bin/python ablate.py "$@"
-  ;;
-results)
-  shift
-  setup
-  exec .venv/bin/python results.py "$@"
+  exec .venv/bin/python "$1.py" "${@:2}"
   ;;
 gpu)
   shift
