@@ -24,7 +24,7 @@ def parse_args(argv=None):
     p = Parser(doc)
     add = p.add_argument_group("what is answered").add_argument
     add("--data", default="synthetic", help="squad, synthetic (default), or a .json, .json.gz or .jsonl file")
-    add("--split", default="dev", help="dev (default) or train, of squad and synthetic")
+    add("--split", default="dev", choices=("dev", "train"), help="of squad and synthetic (default dev)")
     add("--samples", type=int, default=200, help="questions, drawn with the seed (default 200)")
     add("--seed", type=int, default=0, help="of the draw (default 0)")
     add = p.add_argument_group("by which row, LM and wire").add_argument

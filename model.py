@@ -97,9 +97,6 @@ def check_config(config):
     for name, known in KNOWN.items():
         if getattr(config, name) not in known:
             raise UserError(f"--{name} {getattr(config, name)} is unknown; there are {', '.join(known)}")
-    for name in ("lora_rank", "encoder_rank"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     if config.scope != "context" and config.wire == "tokens":
         raise UserError(f"--scope {config.scope} is for wires with latents; --wire tokens reads text: give --scope "
                         "context")
@@ -175,29 +172,9 @@ def traits(lm, keys, values):
         yield F.pad(of_heads, (0, 1), value=1.0)
 
 
-class Fit:
-    """Ridge regression of the log of a head's need of a place on the traits of the place in its layer."""
-
-    def __init__(self):
-        self.square, self.cross = 0.0, 0.0
-
-    def add(self, x, y):
-        """x (L, n, F) traits, the last of them 1; y (L, heads, n)."""
-        device = "cpu" if x.device.type == "mps" else x.device  # which has no float64
-        x, y = x.to(device).double(), y.to(device).double()
-        self.square += x.mT @ x
-        self.cross += x.mT @ y.mT
-
-    def enough(self):
-        return self.square[0, -1, -1] >= min(TOKENS, ENOUGH * self.square.shape[-1])
-
-    def weights(self):
-        """(L, heads, F) float32."""
-        return torch.stack([ridge(*layer) for layer in zip(self.square, self.cross)]).float()
-
-
 def ridge(square, cross):
-    """(heads, F) weights of a layer, of its sums square (F, F) and cross (F, heads). The constant is not penalised:
+    """Ridge regression of the log of each head's need of a place on the traits of the place in its layer: (heads, F)
+    weights, of the layer's sums square (F, F) and cross (F, heads). The constant, the last trait, is not penalised:
     everything is taken from its mean first. The penalty is the larger the fewer tokens there are."""
     n = square[-1, -1]
     square, cross = square / n, cross / n
@@ -314,7 +291,7 @@ class LatentWire(nn.Module):
         KVzip, arXiv 2601.17668). Takes no more of the texts than are enough. Needs that are far below those of a
         text's most needed fifth all count alike. A wire has none where vectors are the latents, where layers see a
         window, so that need depends on the place, or where a layer has too many traits."""
-        fit, H, self.predictor = Fit(), len(self.layout.before), None
+        H, square, cross, self.predictor = len(self.layout.before), 0.0, 0.0, None
         if self.config.wire != "kv" or getattr(self.lm.config, "sliding_window", None):
             return
         for text in texts:
@@ -326,10 +303,13 @@ class LatentWire(nn.Module):
             seen = torch.stack(list(traits(self.lm, keys, values)))[:, 0, H:]
             if seen.shape[-1] > MOST:
                 return
-            fit.add(seen, need.clamp(min=cut))
-            if fit.enough():
+            device = "cpu" if seen.device.type == "mps" else seen.device  # which has no float64
+            x, y = seen.to(device).double(), need.clamp(min=cut).to(device).double()
+            square, cross = square + x.mT @ x, cross + x.mT @ y.mT
+            if square[0, -1, -1] >= min(TOKENS, ENOUGH * x.shape[-1]):
                 break
-        self.predictor = fit.weights().to(self.lm.device)
+        weights = [ridge(*layer) for layer in zip(square, cross)]
+        self.predictor = torch.stack(weights).float().to(self.lm.device)
 
     # -- how many
 
@@ -493,27 +473,22 @@ class LatentWire(nn.Module):
         themselves: exactly what they would see alone."""
         lm, ids, segment = self.lm, batch.ids, batch.segment
         embeds, S = embed(lm, ids, None if latents is None else latents.prefix), ids.shape[1]
-        alone = batch.size + batch.continued == len(ids)
+        alone, position = batch.size + batch.continued == len(ids), batch.position
+        mask, tape, cached = None, None, None
         if latents is None and alone and not getattr(lm.config, "sliding_window", None):
             # one segment a row and padding on the right: causal, so no mask, and the flash kernel applies
-            with use_lora(lm, lora):
-                position = torch.arange(S, device=ids.device)[None]
-                hidden = lm.model(inputs_embeds=embeds, position_ids=position, use_cache=False).last_hidden_state
-            return self._at_answers(hidden, batch, keep)
-        causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
-        allowed = causal & ((segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0))  # (B, S, S)
-        tape, cached = None, None
+            position = torch.arange(S, device=ids.device)[None]
+        else:
+            causal = torch.ones(S, S, dtype=torch.bool, device=ids.device).tril()
+            allowed = causal & ((segment[:, None, :] == segment[:, :, None]) | (segment[:, None, :] == 0))  # (B, S, S)
+            mask = masks(lm, allowed, position, position)
         if latents is not None and latents.keys is not None:
-            tape, cached = Tape(latents.keys, latents.values), behind(lm, latents, batch.position)
+            tape, cached = Tape(latents.keys, latents.values), behind(lm, latents, position)
         with use_lora(lm, lora):
-            mask = masks(lm, allowed, batch.position, batch.position)
-            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch.position,
-                              past_key_values=tape, use_cache=tape is not None, cached=cached).last_hidden_state
-        return self._at_answers(hidden, batch, keep)
-
-    def _at_answers(self, hidden, batch, keep):
+            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
+                              use_cache=tape is not None, cached=cached).last_hidden_state
         row, col = (batch.row, batch.col) if keep is None else (batch.row[keep], batch.col[keep])
-        return head(self.lm, hidden[row, col])
+        return head(lm, hidden[row, col])
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
         """Weighted loss of a batch, its parts, and, for the diagnostics, the questions' answer logits. teacher: the

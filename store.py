@@ -21,10 +21,9 @@ from common import UserError, log, write_atomic
 from lm import lm_identity, turn, write_tensors
 from model import LatentWire, Latents, WireConfig
 
-FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From 21c6011 on it may have a
-# predictor, which earlier commits do not know; from ee1a745 on of all heads of a layer, which those before cannot
-# apply. Up to 590f892 a question chose otherwise, in long documents up to b07f13d: wires of scope asked and prompt from
-# then answer a little otherwise
+FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From ee1a745 on it may have a
+# predictor, which earlier commits cannot apply. Up to 590f892 a question chose otherwise, in long documents up to
+# b07f13d: wires of scope asked and prompt from then answer a little otherwise
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
 
 
@@ -397,13 +396,10 @@ def load_trained(wire, folder):
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
     wire.predictor = None
-    if (own := weights.get("predictor")) is not None:
+    if "predictor" in weights:
         layers, heads = wire.lm.config.num_hidden_layers, wire.lm.config.num_key_value_heads
-        width = 2 * vector_width(wire.lm, "kv")
-        if own.shape == (layers, heads, width + 2):  # up to commit 50ac03b: of a head's own key and value, no other's
-            alone = torch.eye(heads)[:, :, None] * own[:, :, None, :-1].float()
-            weights["predictor"] = torch.cat([alone.flatten(2), own[..., -1:].float()], -1)
-        wire.predictor = torch.zeros(layers, heads, heads * (width + 1) + 1, device=wire.lm.device)
+        width = heads * (2 * vector_width(wire.lm, "kv") + 1) + 1
+        wire.predictor = torch.zeros(layers, heads, width, device=wire.lm.device)
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))

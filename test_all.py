@@ -62,7 +62,7 @@ from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
-from model import (RIDGE, Fit, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity,
+from model import (RIDGE, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity, ridge,
                    traits)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
@@ -777,18 +777,26 @@ def test_a_text_is_read_once_where_what_is_needed_is_predicted(family, monkeypat
 
 def test_what_predicts_is_ridge_regression():
     """Of columns less their means, each penalised by its variance, more where there is little, against numpy."""
-    rng, fit = np.random.default_rng(0), Fit()
-    x, y = rng.normal(3, [[1.0, 0.1, 9.0, 0.0]], (2, 80, 4)), rng.normal(size=(2, 3, 80))
-    x[..., -1] = 1
-    for begin, end in ((0, 20), (20, 80)):
-        fit.add(torch.from_numpy(x[:, begin:end]).float(), torch.from_numpy(y[:, :, begin:end]).float())
-        assert fit.enough() == (end >= 16 * 4)  # for each trait 16
-        penalty = RIDGE * max(1, 16 * 4 / end)
-        for a, heads, weights in zip(x[:, :end], y[..., :end], fit.weights().numpy()):
-            z = (a[:, :3] - a[:, :3].mean(0)) / a[:, :3].std(0)
-            for b, found in zip(heads, weights):
-                slope = np.linalg.solve(z.T @ z / end + penalty * np.eye(3), z.T @ (b - b.mean()) / end)
-                assert np.allclose(a @ found, z @ slope + b.mean(), atol=1e-3)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, [[1.0, 0.1, 9.0, 0.0]], (80, 4)), rng.normal(size=(3, 80))
+    x[:, -1] = 1
+    for n in (20, 80):  # the penalty counts less from 16 for each trait on
+        a, heads = x[:n], y[:, :n]
+        weights = ridge(*map(torch.from_numpy, (a.T @ a, a.T @ heads.T))).numpy()
+        z = (a[:, :3] - a[:, :3].mean(0)) / a[:, :3].std(0)
+        for b, found in zip(heads, weights):
+            slope = np.linalg.solve(z.T @ z / n + RIDGE * max(1, 16 * 4 / n) * np.eye(3), z.T @ (b - b.mean()) / n)
+            assert np.allclose(a @ found, z @ slope + b.mean(), atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_prediction_is_fitted_to_as_many_texts_as_are_enough(tiny, monkeypatch):
+    wire, prompt, items = make_wire(tiny, scope="context")
+    texts, read = list({item.example.context: item.context for item in items}.values()), []
+    monkeypatch.setattr(wire, "needed", lambda source, text, own=wire.needed: read.append(1) or own(source, text))
+    monkeypatch.setattr(sys.modules["model"], "TOKENS", len(texts[0]) + len(texts[1]))
+    wire.fit_predictor(texts)
+    assert len(read) == 2 and len(texts) > 2 and torch.isfinite(wire.predictor).all()
 
 
 @torch.no_grad()
@@ -984,7 +992,7 @@ def test_how_many_latents(tiny):
 
 
 def test_bad_config_is_one_line():
-    for name, bad in dict(scope="x", wire="x", keep="x", prompt="x", latents="8,x", ratio=0.5, lora_rank=-1).items():
+    for name, bad in dict(scope="x", wire="x", keep="x", prompt="x", latents="8,x", ratio=0.5).items():
         with pytest.raises(UserError, match=f"^--{name} {bad} [^\n]*$"):
             check_config(WireConfig(**{name: bad}))
     for says, bad in (("--latents 0 must", dict(latents=0)), ("nothing to train", dict(wire="tokens", lora_rank=0)),
@@ -997,7 +1005,8 @@ def test_bad_config_is_one_line():
 @pytest.mark.parametrize("flags, says", [
     ("--clip nan", "--clip nan must be a number"), ("--lr inf", "--lr inf must"), ("--ratio nan", "--ratio nan must"),
     ("--weight_decay -1", "--weight_decay -1.0 must"), ("--minutes -1", "--minutes -1.0 must"),
-    ("--warmup 2", "--warmup 2.0 must be at most 1"), ("--eval_every -1", "--eval_every -1 must not be negative"),
+    ("--warmup 2", "--warmup 2.0 must be at most 1"), ("--eval_every -1", "--eval_every -1 must be a number of at"),
+    ("--lora_rank -1", "--lora_rank -1 must"), ("--seed -1", "--seed -1 must be a number of at least 0"),
     ("--data x.jsonl --eval_data ./x.jsonl", "./x.jsonl is --data itself")])
 def test_flags_that_say_nothing(flags, says):
     with pytest.raises(UserError, match=says):
@@ -1371,18 +1380,11 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
         again = load_wire(saved, lm, prompt).kept()
         assert saved.config == wire.config and again.keys() == wire.kept().keys()
         assert all(torch.equal(p.to(dtype).float(), again[key]) for key, p in wire.kept().items())
-    if wire.predictor is not None:  # as it once was: of a head's own key, value and length, and 1
-        d = 32
-        old, x = torch.randn(4, 2, 2 * d + 2), torch.randn(2, 2 * d + 1)
-        wire.predictor = old
-        save_checkpoint(tmp_path / "old", wire)
-        found = load_wire(read_checkpoint(tmp_path / "old"), load_lm(tiny, device="cpu")[0], prompt).predictor
-        new = found @ torch.cat([x.flatten(), torch.ones(1)])
-        assert torch.allclose(new, (old[..., :-1] * x).sum(-1) + old[..., -1], atol=1e-4)
-        wire.predictor = old[:, :1]  # of an LM with other heads
-        save_checkpoint(tmp_path / "old", wire)
+    if wire.predictor is not None:
+        wire.predictor = wire.predictor[:, :1]  # of an LM with other heads
+        save_checkpoint(tmp_path / "other", wire)
         with pytest.raises(UserError, match="predictor has shape"):
-            load_wire(read_checkpoint(tmp_path / "old"), load_lm(tiny, device="cpu")[0], prompt)
+            load_wire(read_checkpoint(tmp_path / "other"), load_lm(tiny, device="cpu")[0], prompt)
     lm.get_input_embeddings().weight.data.mul_(2)
     del lm.identity
     with pytest.raises(UserError, match="was trained for"):
@@ -1645,7 +1647,7 @@ def test_interrupted_anywhere_ends_the_same(tiny, trained, tmp_path):
             ("model.wire_loss", 3, TERM, 0, saved.format(6)),      # in the middle of step 7
             ("train.log_steps", 1, "kill -INT $PPID", 130, saved.format(7)),
             ("train.evaluate_row", 1, TERM, 0, saved.format(8)),   # while the dev slice is being answered,
-            ("model.Fit.add", 1, TERM, 0, saved.format(12)),       # before that,
+            ("model.traits", 1, TERM, 0, saved.format(12)),       # before that,
             ("train.evaluate_row", 2, "kill -USR1 $PPID", 0, saved.format(last)),  # and the last time, too
             ("train.evaluate", 1, KILL, -9, f"at step {last} of"),
             ("train.evaluate", 2, KILL, 0, f"at step {last} of")]:  # there is no second one: to the end

@@ -130,7 +130,7 @@ def parse_config(argv=None):
     if config.epochs < (0 if config.start else 1):
         raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
     for f in fields(Config):
-        if f.type is float and not 0 <= getattr(config, f.name) < math.inf:
+        if f.type in (int, float) and not 0 <= getattr(config, f.name) < math.inf:
             raise UserError(f"--{f.name} {getattr(config, f.name)} must be a number of at least 0")
     for name in ("lr", "temperature", "clip"):
         if getattr(config, name) <= 0:
@@ -140,9 +140,6 @@ def parse_config(argv=None):
                         f"{config.max_prompt_tokens} room for a question")
     if config.warmup > 1:
         raise UserError(f"--warmup {config.warmup} must be at most 1: it is a share of the run")
-    for name in ("eval_every", "continuations"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
     check_config(config)
     if config.eval_data and same_file(config.eval_data, config.data) and config.data not in ("squad", "synthetic"):
         raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
