@@ -289,12 +289,14 @@ class LatentWire(nn.Module):
         """Fit, to the second reading of texts (each (T,) token ids), what predicts from a place's keys and values how
         much each head needs it, so that outside of training a text is read once; such modules are known as gates (Fast
         KVzip, arXiv 2601.17668). Takes no more of the texts than are enough. Needs that are far below those of a
-        text's most needed fifth all count alike. A wire has none where vectors are the latents, where layers see a
-        window, so that need depends on the place, or where a layer has too many traits."""
+        text's most needed fifth all count alike. A wire has none where vectors are the latents, or where a layer has
+        too many traits."""
         H, square, cross, self.predictor = len(self.layout.before), 0.0, 0.0, None
-        if self.config.wire != "kv" or getattr(self.lm.config, "sliding_window", None):
+        if self.config.wire != "kv":
             return
+        window = getattr(self.lm.config, "sliding_window", None)
         for text in texts:
+            text = text[:window // 2] if window else text  # so that all of it is seen when it is read again
             source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
             _, _, keys, values = self.read(source)
             text_read = every_place(source.ids != PAD, keys, values)
@@ -406,10 +408,10 @@ class LatentWire(nn.Module):
     def needed(self, source, text):
         """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (B, heads,
         W) a layer; of an embeds wire, whose vectors have no layers and heads, one (B, 1, W). Training does read again;
-        afterwards that is predicted."""
+        afterwards that is predicted, of the places that a layer sees from behind the text."""
         if self.predictor is not None and not self.training:
-            found = traits(self.lm, text.keys, text.values)
-            return [(x @ weight.mT).exp().mT for x, weight in zip(found, self.predictor)]
+            found, seen = traits(self.lm, text.keys, text.values), behind(self.lm, text, text.length[:, None])
+            return [(x @ weight.mT).exp().mT * there[:, :, 0] for x, weight, there in zip(found, self.predictor, seen)]
         found = importance(self.lm, embed(self.lm, source.again), source.again != PAD, text)
         found = [score[..., :source.ids.shape[1]] for score in found]
         return [torch.stack(found).amax((0, 2))[:, None]] if self.config.wire == "embeds" else found

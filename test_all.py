@@ -740,14 +740,12 @@ def test_a_scale_that_the_lm_does_not_see_changes_nothing_in_what_is_needed():
 
 @torch.no_grad()
 def test_a_text_is_read_once_where_what_is_needed_is_predicted(family, monkeypatch):
-    """In training twice. The prediction fits the texts that it was fitted to, and knows no padding and no position."""
+    """In training twice. The prediction fits the texts that it was fitted to, and knows no padding, and no position but
+    which places a window hides from behind the text, as it does from the text read again."""
     wire, prompt, items = family
     passes, texts = [], list(dict.fromkeys(tuple(item.context.tolist()) for item in items))
     counting = wire.lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
     wire.fit_predictor([np.array(text) for text in texts])
-    if getattr(wire.lm.config, "sliding_window", None):  # what is needed depends on the place
-        assert wire.predictor is None and not passes
-        return
     assert len(passes) == 2 * len(texts)
     source = wire.collate([items[:1], items[2:3]], lambda T: 9).source
     _, _, keys, values = wire.read(source)
@@ -757,9 +755,16 @@ def test_a_text_is_read_once_where_what_is_needed_is_predicted(family, monkeypat
         passes.clear()
         wire.train(training).encode(source)
         assert len(passes) == 1 + training
-        need[training] = torch.stack(wire.needed(source, text))[..., 2:].clamp(min=1e-6).log()
+        need[training] = torch.stack(wire.needed(source, text))[..., 2:]
     wire.eval(), counting.remove()
-    far = (need[False] - need[True])[:, real[:, None, 2:].expand(-1, 2, -1)]
+    there, window = real[:, None, 2:].expand(-1, 2, -1), getattr(wire.lm.config, "sliding_window", None)
+    hidden = torch.zeros(4, *there.shape, dtype=torch.bool)
+    for layer, kind in enumerate(lm_module.layer_kinds(wire.lm)):
+        if window and kind == "sliding_attention":
+            hidden[layer] = (real.sum(1)[:, None] - torch.arange(2, real.shape[1]) >= window)[:, None]
+    assert all((need[training] == 0).equal(hidden | ~there) for training in need) or not window
+    need = {training: score.clamp(min=1e-6).log() for training, score in need.items()}
+    far = (need[False] - need[True])[:, there]
     assert wire.predictor.shape == (4, 2, 2 * 2 * keys[0].shape[-1] + 2 + 1)
     assert far.std() < 0.7 * need[True][:, real[:, None, 2:].expand(-1, 2, -1)].std()
     alone = wire.collate([items[2:3]], lambda T: 9).source
