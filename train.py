@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_lines, run_main,
                     same_file, write_atomic)
 from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
-from lm import checkpoint_layers, join, load_lm, pick_device, shard
+from lm import LoRALinear, checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option, rarity
 from rows import evaluate_row, kept_tokens, own_row, summary
@@ -276,6 +276,21 @@ def keep_steps(path, step):
 # ------------------------------------------------------------------------------------------------
 # The run
 
+ROWS = 4.0  # about how long the rows of SmolLM2-135M's weights are, for which --lr is meant
+
+
+def step_sizes(wire):
+    """{name: what --lr is multiplied with} of what is trained. That of LoRA's B is in proportion to the rows of the
+    weight that it stands beside, so that a step changes the same share of what a layer gives in every LM: SmolLM2-135M's
+    rows are 4.8 long, Gemma 3 270M's 0.9. The nearest power of two: so the optimizer has few groups."""
+    sizes = dict.fromkeys(wire.trainable(), 1.0)
+    for name, module in wire.named_modules():
+        if isinstance(module, LoRALinear):
+            rows = module.base.weight.float().norm(dim=1).mean().item()
+            sizes |= {f"{name}.B.{lora}": 2.0 ** round(math.log2(max(rows, 1e-6) / ROWS)) for lora in module.B}
+    return sizes
+
+
 def optimizer_tensors(optimizer, wire):
     """AdamW's state as {"parameter name.key": tensor}; a parameter that has had no step has none."""
     return {f"{name}.{key}": torch.as_tensor(value) for name, p in wire.trainable().items()
@@ -464,12 +479,16 @@ def set_up(config, rank, world, device, dtype, why, stack):
         load_trained(wire, start.folder)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
+    sizes, groups = step_sizes(wire), {1.0: []}
     if config.shard:
         shard(wire, device, dtype)
     trainable = wire.trainable()
     if not trainable:
         raise UserError("nothing is left to train: give --lora_rank or --encoder_rank above 0, and --lora_targets")
-    optimizer = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
+    for name, p in trainable.items():
+        groups.setdefault(sizes[name], []).append(p)
+    groups = [{"params": params, "size": size} for size, params in groups.items()]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
                                   fused=device.type == "cuda")
 
     # data
@@ -706,7 +725,7 @@ def train(config, rank, world, device, dtype, why, stack):
     while progress < 1 and not stop:
         run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * lr_factor(progress, config.warmup)
+            group["lr"] = config.lr * group["size"] * lr_factor(progress, config.warmup)
         done = train_step(run, window)
         if done is None:
             stop = True
