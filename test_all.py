@@ -68,7 +68,7 @@ from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, in
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
                    read_last_good, save_checkpoint)
-from train import Config, Plan, load_items, parse_config
+from train import Config, Plan, load_items, make_optimizer, parse_config, step_sizes
 
 HERE = Path(__file__).parent
 SQUAD = HERE.parent / "shared" / "squad"
@@ -1616,6 +1616,32 @@ def test_mistakes_are_one_line(tiny, trained, tmp_path, command, says):
     _, said = launch(script, "--lm", tiny, *flags, "--out", tmp_path / "x", code=2)
     assert last_line(said).startswith("error: ") and says in last_line(said)
     assert said.count("error: ") == 1 and "usage" not in said
+
+
+def test_a_learning_rate_means_the_same_in_every_lm():
+    """The same LM in other units, norms 16 times as large and weights behind them as small, learns the same, to the
+    step; with one rate for all it would not."""
+    losses = []
+    for unit, same_rate in ((1, False), (16, False), (16, True)):
+        lm = random_lm("Llama", {})
+        for layer in lm.model.layers:
+            for norm, names in ((layer.input_layernorm, "qkv"), (layer.post_attention_layernorm, ("gate", "up"))):
+                norm.weight.mul_(unit)
+                for name in names:
+                    next(m for n, m in layer.named_modules() if n.endswith(f"{name}_proj")).weight.div_(unit)
+        torch.manual_seed(0)
+        config = WireConfig(lm="x", latents="8", lora_rank=4, encoder_rank=4)
+        wire = LatentWire(lm, config, Prompt(smollm()[1], "plain"))
+        batch = batch_of(wire, [wire.prompt.items(synthetic("train", 4))[:3]])
+        sizes = dict.fromkeys(wire.trainable(), 1.0) if same_rate else step_sizes(wire)
+        optimizer = make_optimizer(wire, sizes, Config(lr=0.05, weight_decay=0.0))
+        for _ in range(4):
+            loss = wire.loss(batch, {"tf": 1.0})[0]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] != pytest.approx(losses[0], rel=1e-2), losses
 
 
 # ------------------------------------------------------------------------------------------------

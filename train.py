@@ -291,6 +291,15 @@ def step_sizes(wire):
     return sizes
 
 
+def make_optimizer(wire, sizes, config):
+    """AdamW, a group of parameters for each of the sizes; that of 1 first."""
+    groups = {1.0: []}
+    for name, p in wire.trainable().items():
+        groups.setdefault(sizes[name], []).append(p)
+    groups = [{"params": params, "size": size, "lr": config.lr * size} for size, params in groups.items()]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=p.is_cuda)
+
+
 def optimizer_tensors(optimizer, wire):
     """AdamW's state as {"parameter name.key": tensor}; a parameter that has had no step has none."""
     return {f"{name}.{key}": torch.as_tensor(value) for name, p in wire.trainable().items()
@@ -479,17 +488,12 @@ def set_up(config, rank, world, device, dtype, why, stack):
         load_trained(wire, start.folder)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
-    sizes, groups = step_sizes(wire), {1.0: []}
+    sizes = step_sizes(wire)
     if config.shard:
         shard(wire, device, dtype)
-    trainable = wire.trainable()
-    if not trainable:
+    if not wire.trainable():
         raise UserError("nothing is left to train: give --lora_rank or --encoder_rank above 0, and --lora_targets")
-    for name, p in trainable.items():
-        groups.setdefault(sizes[name], []).append(p)
-    groups = [{"params": params, "size": size} for size, params in groups.items()]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95),
-                                  fused=device.type == "cuda")
+    optimizer = make_optimizer(wire, sizes, config)
 
     # data
     items, dev = load_items(config, prompt)
@@ -516,7 +520,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
     model = wire
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
         DDP._set_params_and_buffers_to_ignore_for_model(
-            wire, [n for n, _ in wire.named_parameters() if n not in trainable] + [n for n, _ in wire.named_buffers()])
+            wire, [n for n, p in wire.named_parameters() if not p.requires_grad] + [n for n, _ in wire.named_buffers()])
         index = [device.index] if device.type == "cuda" else None
         model = DDP(wire, device_ids=index, broadcast_buffers=False)
     autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
