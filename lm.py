@@ -423,7 +423,7 @@ def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, 
     out, need = torch.cat(out, 3).flatten(1, 2).transpose(1, 2).contiguous(), torch.stack(most).amax(0)
     if (norm := norms[module.layer_idx]) is not None:  # how long a value is, says nothing until it has passed that
         given = out.flatten(2)
-        longer = norm(module.o_proj(given)).float().norm(dim=-1) / given.float().norm(dim=-1)
+        longer = norm(module.o_proj(given)).float().norm(dim=-1) / given.float().norm(dim=-1).clamp(min=1e-6)
         need *= ((longer * asking).sum(1) / asking.sum(1).clamp(min=1))[:, None, None]
     noted.append(need * value.float().norm(dim=-1))
     return out, None

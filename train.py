@@ -64,7 +64,7 @@ class Config(WireConfig):
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
     continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions",
                                 "--continue")
-    lr: float = option(1e-3, "peak learning rate")
+    lr: float = option(1e-3, "peak learning rate; LoRA's B has one in proportion to the weight that it stands beside")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
     clip: float = option(1.0, "gradient norm is clipped to this")
@@ -281,8 +281,9 @@ ROWS = 5.5  # about how long the rows of SmolLM2-135M's weights are, for which -
 
 def step_sizes(wire):
     """{name: what --lr is multiplied with} of what is trained. That of LoRA's B is in proportion to the rows of the
-    weight that it stands beside, so that a step changes the same share of what a layer gives in every LM: SmolLM2-135M's
-    rows are 4 to 8 long, Gemma 3 270M's 0.7 to 1. The nearest power of two: so the optimizer has few groups."""
+    weight that it stands beside, so that a step changes the same share of what a layer gives in every LM:
+    SmolLM2-135M's rows are 4 to 8 long, Gemma 3 270M's 0.7 to 1. (LARS, arXiv 1708.03888, has such rates for the weights
+    themselves.) The nearest power of two: so the optimizer has few groups."""
     sizes = dict.fromkeys(wire.trainable(), 1.0)
     for name, module in wire.named_modules():
         if isinstance(module, LoRALinear):
