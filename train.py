@@ -282,7 +282,7 @@ ROWS = 5.5  # about how long the rows of SmolLM2-135M's weights are, for which -
 def step_sizes(wire):
     """{name: what --lr is multiplied with} of what is trained. That of LoRA's B is in proportion to the rows of the
     weight that it stands beside, so that a step changes the same share of what a layer gives in every LM:
-    SmolLM2-135M's rows are 4 to 8 long, Gemma 3 270M's 0.7 to 1. (LARS, arXiv 1708.03888, has such rates for the weights
+    SmolLM2-135M's rows are 4 to 8 long, Gemma 3 270M's 0.7 to 1. (LARS, arXiv 1708.03888, has such rates for weights
     themselves.) The nearest power of two: so the optimizer has few groups."""
     sizes = dict.fromkeys(wire.trainable(), 1.0)
     for name, module in wire.named_modules():
