@@ -1875,11 +1875,11 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained
     ("--wire tokens --keep selective", "selective_lora", "selective"),
     ("--wire tokens --keep all", "text_lora", "text"), ("--wire tokens --keep matched", "matched_lora", "matched")])
 def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, flags, row, more):
-    out, few = tmp_path / "run", "--samples 40 --epochs 2 --eval_samples 2".split()
+    out, few = tmp_path / "run", "--samples 40 --epochs 2 --eval_samples 2 --lr 0.05".split()  # its rows are short
     launch("train", "--lm", tiny, *FLAGS, *flags.split(), *few, "--out", out)
     losses = [x["tf"] for x in logged(out)[2]]
     assert [record["row"] for record in read_lines(out / "eval" / "metrics_history.jsonl")] == [row]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[5:]) < np.mean(losses[:5]) - 0.5  # of the same questions, an epoch later
     asked = ["eval", "--ckpt", out / "ckpt" / "best", *ASK, "--json", "--out", out]
     metrics = json.loads(launch(*asked, "--mode", f"{row},{more}")[0])
     assert metrics["own_row"] == row and {row, more} - {"adapter"} <= metrics.keys()
