@@ -1251,10 +1251,11 @@ def run(*command, code=0, **options):
 # Running the scripts
 #
 # A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them,
-# and `before` puts into a fork what is to happen to it, at a point that it reaches whatever the machine's speed.
+# and `before` puts into a fork what is to happen to it, at a point that it reaches whatever the machine's speed. The
+# rows of the tiny LM's weights are short, so that LoRA's B learns at a small part of --lr.
 
 FLAGS = """--prompt plain --data synthetic --samples 140 --batch 8 --micro_batch 4 --pack 2 --latents 8 --lora_rank 4
-           --encoder_rank 4 --lr 1e-2 --epochs 1 --eval_samples 6 --eval_every 0 --log_every 1
+           --encoder_rank 4 --lr 5e-2 --epochs 1 --eval_samples 6 --eval_every 0 --log_every 1
            --device cpu""".split()
 ASK = "--samples 12 --max_new_tokens 6 --device cpu".split()
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
@@ -1875,7 +1876,7 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained
     ("--wire tokens --keep selective", "selective_lora", "selective"),
     ("--wire tokens --keep all", "text_lora", "text"), ("--wire tokens --keep matched", "matched_lora", "matched")])
 def test_every_kind_of_wire_trains_and_answers_its_own_row(tiny, tmp_path, flags, row, more):
-    out, few = tmp_path / "run", "--samples 40 --epochs 2 --eval_samples 2 --lr 0.05".split()  # its rows are short
+    out, few = tmp_path / "run", "--samples 40 --epochs 2 --eval_samples 2".split()
     launch("train", "--lm", tiny, *FLAGS, *flags.split(), *few, "--out", out)
     losses = [x["tf"] for x in logged(out)[2]]
     assert [record["row"] for record in read_lines(out / "eval" / "metrics_history.jsonl")] == [row]
