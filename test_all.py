@@ -1704,7 +1704,7 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     with claim(out):
         assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
     _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
-    assert "--lr was 0.01, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
+    assert "--lr was 0.05, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
     assert "questions are not those" not in said
     assert "questions are not those" in launch(*flags, "--resume", "--epochs", "2", "--seed", "1")[1]
 
