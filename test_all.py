@@ -796,12 +796,19 @@ def test_what_predicts_is_ridge_regression():
 
 @torch.no_grad()
 def test_a_prediction_is_fitted_to_as_many_texts_as_are_enough(tiny, monkeypatch):
+    """To so many tokens in all, or for each trait: whichever comes first."""
     wire, prompt, items = make_wire(tiny, scope="context")
     texts, read = list({item.example.context: item.context for item in items}.values()), []
     monkeypatch.setattr(wire, "needed", lambda source, text, own=wire.needed: read.append(1) or own(source, text))
-    monkeypatch.setattr(sys.modules["model"], "TOKENS", len(texts[0]) + len(texts[1]))
-    wire.fit_predictor(texts)
-    assert len(read) == 2 and len(texts) > 2 and torch.isfinite(wire.predictor).all()
+    two = len(texts[0]) + len(texts[1])
+    wire.fit_predictor(texts[:1])
+    traits_of_a_place = wire.predictor.shape[-1]
+    for tokens, for_each in ((two, 16), (10_000, two / traits_of_a_place)):
+        monkeypatch.setattr(sys.modules["model"], "TOKENS", tokens)
+        monkeypatch.setattr(sys.modules["model"], "ENOUGH", for_each)
+        read.clear()
+        wire.fit_predictor(texts)
+        assert len(read) == 2 and len(texts) > 2 and torch.isfinite(wire.predictor).all()
 
 
 @torch.no_grad()

@@ -276,7 +276,7 @@ def keep_steps(path, step):
 # ------------------------------------------------------------------------------------------------
 # The run
 
-ROWS = 5.5  # about how long the rows of SmolLM2-135M's weights are, for which --lr is meant
+ROW_LENGTH = 5.5  # about how long the rows of SmolLM2-135M's weights are, for which --lr is meant
 
 
 def step_sizes(wire):
@@ -287,8 +287,9 @@ def step_sizes(wire):
     sizes = dict.fromkeys(wire.trainable(), 1.0)
     for name, module in wire.named_modules():
         if isinstance(module, LoRALinear):
-            rows = module.base.weight.float().norm(dim=1).mean().item()
-            sizes |= {f"{name}.B.{lora}": 2.0 ** round(math.log2(max(rows, 1e-6) / ROWS)) for lora in module.B}
+            length = torch.linalg.vector_norm(module.base.weight, dim=1, dtype=torch.float32).mean().item()
+            size = 2.0 ** round(math.log2(max(length, 1e-6) / ROW_LENGTH))
+            sizes |= {f"{name}.B.{lora}": size for lora in module.B}
     return sizes
 
 
@@ -489,7 +490,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
         load_trained(wire, start.folder)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
-    sizes = step_sizes(wire)
+    sizes = step_sizes(wire)  # while every process has whole weights
     if config.shard:
         shard(wire, device, dtype)
     if not wire.trainable():
