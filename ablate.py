@@ -22,10 +22,8 @@ CELLS = {  # name: what train.py gets beside the recipe
     "tokens matched": "--wire tokens --keep matched", "tokens all": "--wire tokens --keep all",
     "asked": "--scope asked", "asked ratio 2": "--scope asked --ratio 2", "asked ratio 4": "--scope asked --ratio 4",
     "M = 8": "--latents 8", "M = 16": "--latents 16", "M = 64": "--latents 64", "elastic": "--latents 8,16,32,64",
-    "continuations": "--continue 3", "frozen encoder": "--encoder_rank 0", "rank 16": "--encoder_rank 16",
-    "kd 0.5": "--kd 0.5", "first 0": "--first 0", "first 3": "--first 3",
-    "entropy 0.5": "--entropy 0.5",
-    "lr 2x": "--lr 2e-3", "lr 0.5x": "--lr 5e-4",
+    "frozen encoder": "--encoder_rank 0", "rank 16": "--encoder_rank 16", "kd 0.5": "--kd 0.5", "first 0": "--first 0",
+    "first 3": "--first 3", "entropy 0.5": "--entropy 0.5", "lr 2x": "--lr 2e-3", "lr 0.5x": "--lr 5e-4",
 }
 
 

@@ -82,7 +82,7 @@ from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
-WEIGHTS = {"tf": 1.0, "first": 0.5, "more": 0.3}
+WEIGHTS = {"tf": 1.0, "first": 0.5}
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # as its config.json says
 

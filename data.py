@@ -317,9 +317,8 @@ class Prompt:
         start, alone, behind = (tokenizer(text, add_special_tokens=False).input_ids for text in ("\n", "a", "\na"))
         if behind[:len(start)] == start and behind[len(start):] != alone:
             self.mark, self.skip = "\n", len(start)
-        self.anchor, self.repeat, self.cue, *around = self.tokenize(["Answer:", "\nRepeat:", "\nContinue:",
-                                                                     "\nQuestion:", "\n"])
-        self.around = np.concatenate([*around, self.post, self.anchor, self.cue])  # every question
+        self.anchor, self.repeat, *around = self.tokenize(["Answer:", "\nRepeat:", "\nQuestion:", "\n"])
+        self.around = np.concatenate([*around, self.post, self.anchor])  # every question
         self.end = tokenizer.eos_token_id
         self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
 
@@ -437,12 +436,10 @@ class Batch(Tensors):
     row: object       # (A,) for each answer token: the row and column of the position that predicts it,
     col: object       # (A,)
     label: object     # (A,) the token itself,
-    owner: object     # (A,) which segment of the batch it belongs to: questions come first, then continuations
+    owner: object     # (A,) which of the batch's questions it belongs to
     step: object      # (A,) and its index within that answer
     first: object     # (Q,) which of the answer tokens are a question's first
-    size: int         # Q, the questions,
-    tokens: int       # and how many of the answer tokens are theirs: counted here, for a GPU would have to be asked
-    continued: int    # continuations
+    size: int         # Q, the questions
     source: object = None  # Source, where an encoder reads
     document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
     asks: object = None    # (B, R) token ids that choose them, PAD right,
@@ -450,41 +447,27 @@ class Batch(Tensors):
 
 
 def pack(rows, starts=None):
-    """Lay out a Batch. rows: [(prefix ids, questions, continuations), ...], both lists of (ids, answer ids); starts:
-    the position of each row's first token, past the latents in its cache (default 0)."""
-    ids, position, segment, targets = [], [], [], [[], []]
-    for r, (prefix, questions, continuations) in enumerate(rows):
+    """Lay out a Batch. rows: [(prefix ids, questions: a list of (ids, answer ids)), ...]; starts: the position of each
+    row's first token, past the latents in its cache (default 0)."""
+    ids, position, segment, targets = [], [], [], []
+    for r, (prefix, questions) in enumerate(rows):
         start, at = starts[r] if starts else 0, len(prefix)
         parts, places, segments = [prefix], [start + np.arange(at)], [np.zeros(at, int)]
-        kinds = [(targets[0], q) for q in questions] + [(targets[1], c) for c in continuations]
-        for s, (found, (text, answer)) in enumerate(kinds, 1):
+        for s, (text, answer) in enumerate(questions, 1):
             part = np.concatenate([text, answer[:-1]])  # the last token is predicted, never read
             parts.append(part)
             places.append(start + len(prefix) + np.arange(len(part)))
             segments.append(np.full(len(part), s))
             first = at + len(text) - 1  # the position that predicts the answer's first token
-            found.append([(r, first + k, token, k) for k, token in enumerate(answer)])
+            targets.append([(r, first + k, token, len(targets), k) for k, token in enumerate(answer)])
             at += len(part)
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    flat = [(r, col, token, owner, k) for owner, answer in enumerate(targets[0] + targets[1])
-            for r, col, token, k in answer]
-    ends = np.cumsum([0] + [len(answer) for answer in targets[0]])
+    ends = np.cumsum([0] + [len(answer) for answer in targets])
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(flat, dtype=torch.long).view(-1, 5).T.contiguous(), torch.from_numpy(ends[:-1]),
-                 len(targets[0]), int(ends[-1]), len(targets[1]))
-
-
-def continuations(prompt, item, count, rng, cue=4, length=20):
-    """`count` continuation segments of an item's context: the cue and 4 tokens of the text, the 20 after them to be
-    predicted. They ask the latents for all of a text, where questions ask for what they are about. Texts of under 16
-    tokens give none."""
-    found, text = [], item.context
-    for _ in range(count if len(text) >= 16 else 0):
-        p = rng.randrange(len(text) - 11)
-        found.append((np.concatenate([prompt.cue, text[p:p + cue]]), text[p + cue:p + cue + length]))
-    return found
+                 *torch.tensor(sum(targets, []), dtype=torch.long).view(-1, 5).T.contiguous(),
+                 torch.from_numpy(ends[:-1]), len(targets))
 
 
 def lay_source(before, texts, counts, repeat, asks=None):

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from common import UserError, check_own, write_atomic
 from lm import LORA_SCALE, write_tensors
@@ -48,7 +47,7 @@ def export(folder, wire, latents=None):
             write_prefix(folder / "prefix", keys, values, name)
             page = CACHE
         write_atomic(folder / "README.md", fill(page, wire, name))
-    except SafetensorError as error:
+    except OSError as error:
         raise UserError(f"--export {folder}: cannot be written ({error})") from None
 
 

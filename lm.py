@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
@@ -196,7 +197,11 @@ def write_tensors(path, tensors, about=None):
     """Write {name: tensor} as safetensors, for all who may read the user's other files: safetensors 0.8 leaves it to
     the user alone. about: metadata, of str."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, path, about or {"format": "pt"})
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    try:
+        save_file(tensors, path, about or {"format": "pt"})
+    except SafetensorError as error:  # so it calls a full disk, too
+        raise OSError(error) from None
     mask = os.umask(0)  # it can be read by setting it alone
     os.umask(mask)
     with contextlib.suppress(OSError):  # not all file systems have modes
@@ -311,20 +316,24 @@ class Tape(DynamicCache):
         return self.given[0][0].shape[2] if self.given else 0
 
 
+def window(lm):
+    """How many tokens, itself the last, a token sees in the LM's layers with a window; None where there are none."""
+    return getattr(lm.config, "sliding_window", None)
+
+
 def layer_kinds(lm):
     """What each layer's attention reaches: full_attention, or sliding_attention for the LM's window."""
-    window = getattr(lm.config, "sliding_window", None)
-    kind = "sliding_attention" if window else "full_attention"
+    kind = "sliding_attention" if window(lm) else "full_attention"
     return list(getattr(lm.config, "layer_types", None) or [kind] * lm.config.num_hidden_layers)
 
 
 def masks(lm, allowed, query, key):
     """What a pass gets as attention mask: allowed (B, S, N) bool as (B, 1, S, N), cut to the LM's window in layers
     that have one. query (B, S), key (B, N): position ids, by which a window is measured."""
-    window, kinds = getattr(lm.config, "sliding_window", None), set(layer_kinds(lm))
-    if kinds == {"full_attention"} or not window:
+    reach, kinds = window(lm), set(layer_kinds(lm))
+    if kinds == {"full_attention"} or not reach:
         return allowed[:, None]
-    near = allowed & (query[:, :, None] - key[:, None, :] < window)
+    near = allowed & (query[:, :, None] - key[:, None, :] < reach)
     if kinds == {"sliding_attention"}:
         return near[:, None]
     return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
@@ -333,12 +342,12 @@ def masks(lm, allowed, query, key):
 def behind(lm, latents, query):
     """Which cached places of Latents (model.py) tokens at the positions query (B, S) see: (B, heads or 1, S or 1, N)
     bool a layer. A window is measured in the places that a head holds, counted back from the end of the cache."""
-    window, seen = getattr(lm.config, "sliding_window", None), []
+    reach, seen = window(lm), []
     for held, kind in zip(latents.held, layer_kinds(lm)):
         see = held[:, :, None]
-        if window and kind == "sliding_attention":
+        if reach and kind == "sliding_attention":
             place = latents.length[:, None, None] - held.flip(-1).cumsum(-1).flip(-1)
-            see = see & (query[:, None, :, None] - place[:, :, None] < window)
+            see = see & (query[:, None, :, None] - place[:, :, None] < reach)
         seen.append(see)
     return seen
 
@@ -539,7 +548,7 @@ class _Reading:
         """The hidden states (B, S, d) of S more tokens. real (B, S): which are no padding; position (B, S)."""
         self.real, self.place = torch.cat([self.real, real], 1), torch.cat([self.place, position], 1)
         S, n, mask, cached = real.shape[1], self.real.shape[1], None, None
-        if self.latents or getattr(self.lm.config, "sliding_window", None) or not self.real.all():
+        if self.latents or window(self.lm) or not self.real.all():
             causal = torch.ones(S, n, dtype=torch.bool, device=real.device).tril(n - S)
             mask = masks(self.lm, causal & self.real[:, None], position, self.place)
             cached = behind(self.lm, self.latents, position) if self.latents else None

@@ -6,19 +6,18 @@ different sizes combine by their number of questions alone.
     kce      the same over the first K tokens
     first    cross-entropy of the first token
     kd       KL(teacher || student) over the first K tokens, at temperature t, times t^2 (arXiv 1503.02531)
-    more     tf of the continuation segments, which no other part counts
     entropy  -H(p), p = mean over the micro-batch of the first-token distributions
 
 The entropy is that of the batch mean, not the mean of the entropies: it is high when different questions get
 different first tokens, each of them as certain as it likes, and 0 when all collapse to one token. A batch of one
 question has nothing to compare and would only be blurred: it gets none.
 
-Shapes: A answer tokens of Q questions and, behind them, of C continuations; V the vocabulary.
+Shapes: A answer tokens of Q questions; V the vocabulary.
 """
 import torch
 import torch.nn.functional as F
 
-PARTS = ("tf", "first", "kce", "kd", "more", "entropy")  # each has a weight: a flag of train.py
+PARTS = ("tf", "first", "kce", "kd", "entropy")  # each has a weight: a flag of train.py
 
 
 def per_question_mean(values, owner, size):
@@ -32,17 +31,12 @@ def per_question_mean(values, owner, size):
 def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
     """The weighted sum of the parts and a dict of each part whose weight is not 0, as tensors.
     logits (A, V): row i predicts batch.label[i]. weights: {"tf": 1.0, "first": 0.5, ...}. teacher: logits (A', V) of
-    the teacher for the questions' tokens with batch.step < K, in the same order; needed when weights has kd."""
+    the teacher for the tokens with batch.step < K, in the same order; needed when weights has kd."""
     weights = {name: weight for name, weight in weights.items() if weight}
     parts, size = {}, batch.size
-    n = batch.tokens  # the questions' come first
-    if "more" in weights and batch.continued:
-        ce = F.cross_entropy(logits[n:].float(), batch.label[n:], reduction="none")
-        parts["more"] = per_question_mean(ce, batch.owner[n:] - size, batch.continued)
-    logits, step, owner, label = logits[:n].float(), batch.step[:n], batch.owner[:n], batch.label[:n]
-    early = step < K
+    logits, owner, early = logits.float(), batch.owner, batch.step < K
     if {"tf", "kce", "first"} & weights.keys():
-        ce = F.cross_entropy(logits, label, reduction="none")  # (A,)
+        ce = F.cross_entropy(logits, batch.label, reduction="none")  # (A,)
     if "tf" in weights:
         parts["tf"] = per_question_mean(ce, owner, size)
     if "kce" in weights:

@@ -40,15 +40,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import UserError
-from data import LATENT, PAD, Tensors, continuations, lay_source, pack, pad
+from data import LATENT, PAD, Tensors, lay_source, pack, pad
 from lm import (Tape, add_lora, behind, check_length, embed, head, importance, lm_identity, masks, turn,
-                turning_layers, use_lora)
+                turning_layers, use_lora, window)
 from losses import wire_loss
 
 
-def option(default, text, *aliases):
+def option(default, text):
     """A field of a config, which is a flag; text: its help."""
-    return field(default=default, metadata={"help": text, "aliases": list(aliases)})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -294,9 +294,9 @@ class LatentWire(nn.Module):
         H, square, cross, self.predictor = len(self.layout.before), 0.0, 0.0, None
         if self.config.wire != "kv":
             return
-        window = getattr(self.lm.config, "sliding_window", None)
+        reach = window(self.lm)
         for text in texts:
-            text = text[:window // 2] if window else text  # so that all of it is seen when it is read again
+            text = text[:reach // 2] if reach else text  # so that all of it is seen when it is read again
             source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
             _, _, keys, values = self.read(source)
             text_read = every_place(source.ids != PAD, keys, values)
@@ -331,30 +331,27 @@ class LatentWire(nn.Module):
         asks = [self.layout.asks(item) for item in items] if self.layout.asks else None
         return lay_source(self.layout.before, texts, counts, self.prompt.repeat, asks)
 
-    def collate(self, rows, count, M=None, kept=None, extra=0, rng=None):
+    def collate(self, rows, count, M=None, kept=None):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
-        M: how many a question sees; kept: for --wire tokens the context's tokens of each row; extra: continuations a
-        row, at places from rng."""
+        M: how many a question sees; kept: for --wire tokens the context's tokens of each row."""
         asked = [[(self.layout.after(item), item.answer) for item in row] for row in rows]
-        more = [continuations(self.prompt, row[0], extra, rng) for row in rows]
         before = self.layout.before
         if self.config.wire == "tokens":
-            return pack([(np.concatenate([before, text]), segments, c) for text, segments, c in zip(kept, asked, more)])
+            return pack([(np.concatenate([before, text]), questions) for text, questions in zip(kept, asked)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
         source = self.source(texts, counts, [row[0] for row in rows])
         if self.config.wire == "embeds":
             slots = [np.concatenate([before, np.full(n, LATENT)]) for n in counts]
-            batch = pack(list(zip(slots, asked, more)))
+            batch = pack(list(zip(slots, asked)))
         elif self.layout.late:  # each sees latents of its own, so it has a row of its own
-            alone = [(b, [one], []) for b, row in enumerate(asked) for one in row]
-            alone += [(b, [], [one]) for b, row in enumerate(more) for one in row]
-            documents = [b for b, *_ in alone]
-            batch = pack([(before[:0], *segments) for _, *segments in alone], source.length[documents].tolist())
-            batch.document, batch.sees = torch.tensor(documents), M or max(budgets(self.config))
-            batch.asks = pad([(question or more)[0][0] for _, question, more in alone], PAD)
+            questions = sum(asked, [])
+            document = torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
+            batch = pack([(before[:0], [one]) for one in questions], source.length[document].tolist())
+            batch.document, batch.sees = document, M or max(budgets(self.config))
+            batch.asks = pad([text for text, answer in questions], PAD)
         else:
-            batch = pack([(before[:0], *segments) for segments in zip(asked, more)], source.length.tolist())
+            batch = pack([(before[:0], questions) for questions in asked], source.length.tolist())
         batch.source = source
         return batch
 
@@ -362,7 +359,7 @@ class LatentWire(nn.Module):
         """The Batch of the same questions behind their whole context as text."""
         before = np.concatenate([self.prompt.pre, self.prompt.head])
         return pack([(np.concatenate([before, row[0].context]),
-                      [(self.prompt.after(item), item.answer) for item in row], []) for row in rows])
+                      [(self.prompt.after(item), item.answer) for item in row]) for row in rows])
 
     # -- passes
 
@@ -372,7 +369,7 @@ class LatentWire(nn.Module):
         lm, W = self.lm, source.ids.shape[1]
         embeds, tape, mask = embed(lm, source.ids), Tape(), None
         position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
-        if getattr(lm.config, "sliding_window", None):
+        if window(lm):
             causal = torch.ones(W, W, dtype=torch.bool, device=embeds.device).tril().expand(len(embeds), -1, -1)
             mask = masks(lm, causal, position, position)
         with use_lora(lm, lora):  # padding is on the right, where nothing sees it: plain causal attention does
@@ -475,9 +472,9 @@ class LatentWire(nn.Module):
         themselves: exactly what they would see alone."""
         lm, ids, segment = self.lm, batch.ids, batch.segment
         embeds, S = embed(lm, ids, None if latents is None else latents.prefix), ids.shape[1]
-        alone, position = batch.size + batch.continued == len(ids), batch.position
+        alone, position = batch.size == len(ids), batch.position
         mask, tape, cached = None, None, None
-        if latents is None and alone and not getattr(lm.config, "sliding_window", None):
+        if latents is None and alone and not window(lm):
             # one segment a row and padding on the right: causal, so no mask, and the flash kernel applies
             position = torch.arange(S, device=ids.device)[None]
         else:
@@ -493,7 +490,7 @@ class LatentWire(nn.Module):
         return head(lm, hidden[row, col])
 
     def loss(self, batch, weights, K=4, temperature=1.0, teacher=None):
-        """Weighted loss of a batch, its parts, and, for the diagnostics, the questions' answer logits. teacher: the
+        """Weighted loss of a batch, its parts, and, for the diagnostics, the answers' logits. teacher: the
         Batch of the same questions behind their text, for weights with kd."""
         logits = self.logits(batch, self.latents(batch))
         teacher_logits = None
@@ -501,7 +498,7 @@ class LatentWire(nn.Module):
             with torch.no_grad():
                 teacher_logits = self.logits(teacher, keep=teacher.step < K, lora=None)
         total, parts = wire_loss(logits, batch, weights, K, temperature, teacher_logits)
-        return total, {name: part.detach() for name, part in parts.items()}, logits[:batch.tokens].detach()
+        return total, {name: part.detach() for name, part in parts.items()}, logits.detach()
 
     forward = loss  # what DDP calls
 

@@ -39,7 +39,7 @@ from losses import PARTS
 from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
-LOSSES = (*(part for part in PARTS if part != "entropy"), "find", "entropy")  # find: of older runs
+LOSSES = (*(part for part in PARTS if part != "entropy"), "more", "find", "entropy")  # more, find: of older runs
 KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers with their prompts; checkpoint
 
 

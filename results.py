@@ -31,7 +31,8 @@ from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
-GONE = {"ramp": 0.0}  # flags that were null and are gone, as a run that did not use them has them
+# Flags that were null and are gone, as a run that did not use them has them.
+GONE = {"ramp": 0.0, "continuations": 0, "more": 0.3}
 SHORT = ("Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read")
 LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM", "NLL/token", "First token",
         "Tokens read", "Commit")
@@ -45,7 +46,7 @@ def train_command(config):
     idle = {"preset", "out", "resume", "device"}
     shown = lambda value: f"{value:g}" if isinstance(value, float) else value
     flags = [f"--{name}" + ("" if value is True else f" {shown(value)}") for name, value in config.items()
-             if name not in idle and value != usual[name]]
+             if name not in idle and value != usual.get(name)]
     return " ".join([f"python train.py --preset {preset}", *flags, f"--out {config['out']}"])
 
 

@@ -215,7 +215,7 @@ def save_document(path, document, kind, saved, identity, source):
     try:
         write_tensors(part, tensors, about)
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"--save {path}: cannot be written ({error})") from None
 
 
@@ -304,7 +304,7 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
     part.mkdir(parents=True)
     try:
         _write_checkpoint(part, wire, tensors, state, dtype)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error})") from None
     if folder.exists():  # else a write was cut short before, and the one aside is all there is

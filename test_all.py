@@ -57,7 +57,7 @@ import rows
 import store
 import train
 from common import UserError, claim, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, continuations, epoch_plan, lay_source, load_data, load_squad,
+from data import (Example, Item, LATENT, Prompt, epoch_plan, lay_source, load_data, load_squad,
                   synthetic)
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
@@ -309,21 +309,20 @@ def test_a_source_is_each_text_and_the_text_again(asked):
 # Losses, against values computed by hand
 
 def hand_batch(step, owner, label, size):
-    first = [i for i, (k, o) in enumerate(zip(step, owner)) if k == 0 and o < size]
+    first = [i for i, k in enumerate(step) if k == 0]
     return SimpleNamespace(step=torch.tensor(step), owner=torch.tensor(owner), label=torch.tensor(label), size=size,
-                           first=torch.tensor(first), tokens=sum(o < size for o in owner),
-                           continued=max(owner) + 1 - size)
+                           first=torch.tensor(first))
 
 
 def test_losses_by_hand():
-    p = torch.tensor([[.5, .25, .25], [.1, .8, .1], [.2, .2, .6], [.7, .2, .1], [.1, .3, .6], [.2, .2, .6]])
-    batch = hand_batch([0, 1, 2, 0, 0, 1], [0, 0, 0, 1, 2, 2], [0, 1, 2, 1, 1, 0], 2)  # the third is a continuation
-    nll = [-math.log(x) for x in (0.5, 0.8, 0.6, 0.2, 0.3, 0.2)]
+    p = torch.tensor([[.5, .25, .25], [.1, .8, .1], [.2, .2, .6], [.7, .2, .1]])
+    batch = hand_batch([0, 1, 2, 0], [0, 0, 0, 1], [0, 1, 2, 1], 2)
+    nll = [-math.log(x) for x in (0.5, 0.8, 0.6, 0.2)]
     teacher = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.7, 0.1], [0.1, 0.8, 0.1]])
-    weights = {"tf": 1.0, "first": 3.0, "kce": 2.0, "kd": 1.0, "more": 0.3, "entropy": 0.5}
+    weights = {"tf": 1.0, "first": 3.0, "kce": 2.0, "kd": 1.0, "entropy": 0.5}
     total, parts = wire_loss(p.log(), batch, weights, K=2, teacher=teacher.log())
     kl = (teacher * (teacher / p[[0, 1, 3]]).log()).sum(1).tolist()
-    wanted = {"tf": (sum(nll[:3]) / 3 + nll[3]) / 2, "kce": (sum(nll[:2]) / 2 + nll[3]) / 2, "more": sum(nll[4:]) / 2,
+    wanted = {"tf": (sum(nll[:3]) / 3 + nll[3]) / 2, "kce": (sum(nll[:2]) / 2 + nll[3]) / 2,
               "first": (nll[0] + nll[3]) / 2, "kd": ((kl[0] + kl[1]) / 2 + kl[2]) / 2,
               "entropy": sum(x * math.log(x) for x in (0.6, 0.225, 0.175))}
     assert {name: part.item() for name, part in parts.items()} == pytest.approx(wanted, abs=1e-6)
@@ -605,16 +604,16 @@ WIRES = [dict(), dict(scope="asked"), dict(scope="asked", ratio=3.0), dict(scope
          dict(wire="embeds", scope="prompt"), dict(wire="tokens")]
 
 
-def batch_of(wire, rows, extra=0):
-    return wire.collate(rows, wire.stored, None, [row[0].context[:8] for row in rows], extra, random.Random(5))
+def batch_of(wire, rows):
+    return wire.collate(rows, wire.stored, None, [row[0].context[:8] for row in rows])
 
 
 @pytest.mark.parametrize("changes", WIRES, ids=str)
 def test_gradients_reach_what_is_trained_and_nothing_else(tiny, changes):
     wire, prompt, items = make_wire(tiny, **changes)
-    weights = dict.fromkeys(("tf", "first", "kce", "kd", "more", "entropy"), 1.0)
+    weights = dict.fromkeys(("tf", "first", "kce", "kd", "entropy"), 1.0)
     rows = [items[:1], items[1:2], items[7:8], [replace(items[8], context=items[8].context[:1])]]
-    loss, parts, _ = wire.loss(batch_of(wire, rows, 1), weights, teacher=wire.text_batch(rows))
+    loss, parts, _ = wire.loss(batch_of(wire, rows), weights, teacher=wire.text_batch(rows))
     loss.backward()
     trained, kind = wire.trainable(), changes.get("wire", "kv")
     assert set(parts) == set(weights) and all(p.grad.isfinite().all() for p in trained.values())
@@ -629,16 +628,14 @@ def test_gradients_reach_what_is_trained_and_nothing_else(tiny, changes):
 @torch.no_grad()
 @pytest.mark.parametrize("changes", WIRES, ids=str)
 def test_packed_loss_equals_one_by_one(tiny, changes):
-    """A row's questions share one pass over the text, of which each sees its own part; continuations count apart."""
+    """A row's questions share one pass over the text, of which each sees its own part."""
     wire, prompt, items = make_wire(tiny, **changes)
     rows = [items[:1], items[6:7]] if changes.get("scope") == "prompt" else [items[:4], items[6:9]]
     weights, each = {"tf": 1.0, "first": 0.5, "kce": 0.3}, [item for row in rows for item in row]
-    total, parts, logits = wire.loss(batch_of(wire, rows, 2), weights | {"more": 0.7})
+    total, _, logits = wire.loss(batch_of(wire, rows), weights)
     single = torch.stack([wire.loss(batch_of(wire, [[item]]), weights)[0] for item in each]).mean()
-    assert (total - 0.7 * parts["more"]).item() == pytest.approx(single.item(), abs=1e-5)
-    assert len(logits) == sum(len(item.answer) for item in each)  # the diagnostics are of the questions
-    alike = wire.loss(batch_of(wire, [row[:1] for row in rows], 2), {"more": 1.0})[0]  # whoever is asked beside them
-    assert parts["more"].item() == pytest.approx(alike.item(), abs=1e-5)
+    assert total.item() == pytest.approx(single.item(), abs=1e-5)
+    assert len(logits) == sum(len(item.answer) for item in each)
 
 
 @pytest.mark.parametrize("changes", WIRES, ids=str)
@@ -649,9 +646,9 @@ def test_a_training_pass_asks_no_tensor_for_its_value_and_leaves_its_device(tiny
     monkeypatch.setattr("model.NEARBY", 10)
     monkeypatch.setattr("torch.autocast", lambda *given, **named: contextlib.nullcontext())  # there is none for meta
     wire, prompt, items = make_wire(tiny, **changes)
-    batch = batch_of(wire, [items[:2], items[6:7]], 1).to("meta")
+    batch = batch_of(wire, [items[:2], items[6:7]]).to("meta")
     wire.to("meta").train()
-    loss, parts, logits = wire.loss(batch, {"tf": 1.0, "first": 0.5, "more": 0.3, "entropy": 0.5})
+    loss, parts, logits = wire.loss(batch, {"tf": 1.0, "first": 0.5, "entropy": 0.5})
     loss.backward()
     stats, winners = train.first_token_stats(logits, batch, 100)
     with pytest.raises(RuntimeError, match="meta tensors"):
@@ -953,7 +950,7 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
         close, = highest(nearness(wire.lm, ids[:, at:at + 2], ids, wire.rarity), 128)
         seen = chosen.rows([b]).of_tokens(600, 2).nonzero()[:, 0].tolist()
         assert {at, at + 1} < {*close} and {*seen} <= {*close} and len(seen) > 9
-    words_ = np.concatenate([prompt.cue, words[[100, 101]]])  # a continuation; the prompt's own words tell nothing
+    words_ = np.concatenate([prompt.anchor, words[[100, 101]]])  # the prompt's own words tell nothing
     again = wire.choose(one, data.pad([words_], data.PAD), 9).rows([0])
     assert {*again.of_tokens(600, 2).nonzero()[:, 0].tolist()} <= {*close}
     part = wire.choose(encode(wire, text, 1), data.pad(asks, data.PAD), 9)  # the first of two chunks got no latent
@@ -1196,14 +1193,6 @@ def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
 def test_real_squad_loads_whole():
     examples = load_squad(SQUAD / "train-v1.1.json.gz")
     assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
-
-
-def test_a_continuation_is_what_follows_in_the_text():
-    prompt, item = SimpleNamespace(cue=np.array([7, 8])), SimpleNamespace(context=np.arange(100, 150))
-    for cue, rest in continuations(prompt, item, 30, random.Random(0)):
-        assert cue.tolist() == [7, 8, *range(cue[2], cue[2] + 4)] and len(rest) >= 8
-        assert rest.tolist() == [*range(cue[2] + 4, min(cue[2] + 24, 150))]
-    assert continuations(prompt, SimpleNamespace(context=np.arange(15)), 3, random.Random(0)) == []
 
 
 def test_a_gguf_is_converted_once(tiny, tmp_path, monkeypatch):
@@ -1661,7 +1650,7 @@ def test_training_learns_and_logs(trained):
     assert np.mean([x["tf"] for x in inner[-4:]]) < inner[0]["tf"] - 1
     assert {"epoch", "global_step", "epoch_step", "mode", "K", "first_weight", "grad_norm", "sec_per_step",
             "models"} <= records[0].keys()
-    assert {"tf", "first", "kce", "kd", "more", "first_acc", "first_acc_top5", "first_token_logit_stats",
+    assert {"tf", "first", "kce", "kd", "first_acc", "first_acc_top5", "first_token_logit_stats",
             "prediction_histogram"} <= inner[0].keys()
     history, = read_lines(trained / "eval" / "metrics_history.jsonl")
     assert history["row"] == "latent" and history["n"] == 6 and history["global_step"] == len(steps)

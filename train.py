@@ -62,8 +62,6 @@ class Config(WireConfig):
     batch: int = option(256, "questions a step, over all processes")
     micro_batch: int = option(16, "questions a forward pass at most; the rest of a step accumulates")
     pack: int = option(5, "questions of one paragraph that share its latents in a row")
-    continuations: int = option(0, "stretches of the text that each row's latents must continue, beside its questions",
-                                "--continue")
     lr: float = option(1e-3, "peak learning rate; LoRA's B has one in proportion to the weight that it stands beside")
     warmup: float = option(0.03, "share of the run with a rising learning rate")
     weight_decay: float = option(0.01, "of AdamW")
@@ -73,7 +71,6 @@ class Config(WireConfig):
     kce: float = option(0.0, "weight of the cross-entropy of the first K tokens")
     first: float = option(3.0, "weight of the first token's cross-entropy")
     kd: float = option(0.0, "weight of the distillation from the LM that reads the text")
-    more: float = option(0.3, "weight of the continuations' cross-entropy")
     entropy: float = option(0.5, "weight of the first-token entropy of the batch mean")
     K: int = option(4, "tokens of kce and kd")
     temperature: float = option(1.0, "of kd")
@@ -124,7 +121,7 @@ def parse_config(argv=None):
             add = p.add_argument_group(TOPICS[f.name]).add_argument
         default = PRESETS[preset].get(f.name, f.default)
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
-        add(f"--{f.name}", *f.metadata["aliases"], help=f"{f.metadata['help']} (default {default})", **kind)
+        add(f"--{f.name}", help=f"{f.metadata['help']} (default {default})", **kind)
     config = Config(**vars(p.parse_args(argv)))
     check_counts(config, "samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K")
     if config.epochs < (0 if config.start else 1):
@@ -394,12 +391,12 @@ class Plan:
         return epoch, n - self.begins[epoch]
 
     def __getitem__(self, n):
-        """The micro-batches of step n: [(rows of item numbers, M, random numbers of its own), ...]."""
+        """The micro-batches of step n: [(rows of item numbers, M), ...]."""
         epoch, step = self.where(n)
         sizes, found = budgets(self.config), []
         for i, rows in enumerate(self._epoch(epoch)[step]):
-            rng = random.Random(f"{self.config.seed} {n} {i}")
-            found.append((rows, None if self.config.ratio and self.config.scope != "asked" else rng.choice(sizes), rng))
+            M = random.Random(f"{self.config.seed} {n} {i}").choice(sizes)
+            found.append((rows, None if self.config.ratio and self.config.scope != "asked" else M))
         return found
 
 
@@ -567,7 +564,7 @@ def begin_files(config, step):
         keep_steps(path, step)
 
 
-def make_batch(run, rows, M, rng):
+def make_batch(run, rows, M):
     """(Batch, the teacher's Batch or None) of rows of item numbers."""
     wire, config = run.wire, run.config
     rows, kept = [[run.items[j] for j in row] for row in rows], None
@@ -575,7 +572,7 @@ def make_batch(run, rows, M, rng):
         firsts = [row[0] for row in rows]
         kept = kept_tokens(config.keep, run.lm, wire.prompt, firsts,
                            [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
-    batch = wire.collate(rows, lambda length: wire.stored(length, M), M, kept, config.continuations, rng)
+    batch = wire.collate(rows, lambda length: wire.stored(length, M), M, kept)
     if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
         batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
@@ -588,14 +585,14 @@ def train_step(run, window):
     as far as they get."""
     config, step, world = run.config, run.plan[run.state.step], run.world
     weights = {key: getattr(config, key) for key in PARTS}
-    asked, mine = sum(len(row) for rows, *_ in step for row in rows), step[run.rank::world]
-    for i, (rows, M, rng) in enumerate(mine):
+    asked, mine = sum(len(row) for rows, M in step for row in rows), step[run.rank::world]
+    for i, (rows, M) in enumerate(mine):
         if run.stopping and world == 1:
             run.optimizer.zero_grad(set_to_none=True)
             return None
         if run.stopping and not run.rescued:  # weights and Adam's state are those of the last step until this one ends
             run.rescued = save(run)
-        batch, teacher = make_batch(run, rows, M, rng)
+        batch, teacher = make_batch(run, rows, M)
         # Gradients travel once a step, with the last micro-batch.
         with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
             loss, parts, logits = run.model(batch, weights, config.K, config.temperature, teacher)
