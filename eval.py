@@ -28,7 +28,8 @@ def parse_args(argv=None):
     add("--samples", type=int, default=200, help="questions, drawn with the seed (default 200)")
     add("--seed", type=int, default=0, help="of the draw (default 0)")
     add = p.add_argument_group("by which row, LM and wire").add_argument
-    add("--mode", default="all", help="rows, comma-separated, or all (default): those that this LM or wire can answer")
+    add("--mode", default="all", help="rows, comma-separated: own is the one that the wire was trained for, all "
+                                      "(default) are those that this LM or wire can answer")
     add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
@@ -205,7 +206,8 @@ def choose_rows(mode, config, trained):
             why = f"--wire {config.wire} has none" if trained else "no --ckpt (latent by name: of an untrained wire)"
             log(f"notice: {', '.join(missing)} are left out: {why}")
         return own
-    rows = list(dict.fromkeys(part.strip() for part in mode.split(",")))
+    named = (part.strip() for part in mode.split(","))
+    rows = list(dict.fromkeys(own_row(config) if name == "own" else name for name in named))
     for name in rows:
         row = split_row(name)[0]
         if row not in own and (trained or ROWS[row].latents not in ("own", "other")):

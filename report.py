@@ -2,7 +2,7 @@
 Look at a run: write RUN/README.md, the run in one page, and RUN/report.html, with curves and its predictions.
 
     python report.py runs/squad                              # also while it is still training
-    python report.py runs/squad runs/demo                    # side by side: runs/squad/comparison.html and a table
+    python report.py runs/squad runs/demo                    # compared to the first: a table, runs/squad/comparison.html
     python report.py runs/squad --preserve preserved_data    # a copy to keep: logs, scores, answers, checkpoint
 
 The curves need matplotlib (pip install matplotlib); without it the page keeps its tables. Reads config.json, logs/ and
@@ -40,6 +40,8 @@ from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = (*(part for part in PARTS if part != "entropy"), "more", "find", "entropy")  # more, find: of older runs
+COLUMNS = ["Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM", "NLL/token", "First token",
+           "Tokens read", "Commit"]  # of a comparison
 KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers with their prompts; checkpoint
 
 
@@ -118,13 +120,36 @@ def score_table(run):
     return ["Mode", "F1 Score", "EM Score", "vs Text Baseline", "NLL / token", "Tokens read", "Seconds"], rows
 
 
+def short(name):
+    """A preserved run's name without its date, LM and data."""
+    return re.sub(r"^[\d-]+_(smollm2_squad_)?", "", name)
+
+
+def cells(run, row, first):
+    """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
+    if row not in run.rows:
+        raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
+    s, about = run.rows[row][0], ROWS[split_row(row)[0]]
+    at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
+    best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
+    start = [part for part in Path(run.config.get("start", "")).parts if part not in ("ckpt", "best", "last")]
+    after = f" after {short(start[-1])}'s" if start else ""
+    return {
+        "Run": short(run.name) if about.lora else "-", "Row": row,
+        "Reads": about.heading + (f" ({at})" if at else ""),
+        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora else "-",
+        "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
+        "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
+        "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
+        "Tokens read": number("tokens_read", "{:.0f}"), "Commit": (run.metrics.get("git_commit") or "-")[:7]}
+
+
 def comparison(runs):
-    """(head, rows) of a table: F1 of every row of every run, above them that of what each was trained for."""
-    f1 = lambda run, row: percent(run.rows[row][0]["f1"], run.rows[row][0].get("f1_ci95")) if row in run.rows else "-"
-    names = dict.fromkeys(row for run in runs for row in run.rows)
-    return (["F1", *(f"{run.name}, n = {run.metrics.get('samples', 0)}" for run in runs)],
-            [["**trained for**", *(f"{run.own} {f1(run, run.own)}" for run in runs)],
-             *([row, *(f1(run, row) for run in runs)] for row in names)])
+    """(head, rows) of a table: the row that each run was trained for, then its others, beside the first run's own."""
+    pairs = [(run, run.own) for run in runs if run.own in run.rows]
+    pairs += [(run, row) for run in runs for row in run.rows if row != run.own]
+    found = [cells(run, row, pairs[0]) for run, row in pairs]
+    return COLUMNS, list(dict.fromkeys(tuple(row[column] for column in COLUMNS) for row in found))
 
 
 def first_words(run):

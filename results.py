@@ -26,16 +26,14 @@ if __name__ == "__main__":
 import numpy as np
 
 from model import budgets
-from report import Run, markdown_table, paired, percent
+from report import COLUMNS, Run, cells, markdown_table, percent, short
 from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
 RUNS = Path(__file__).parent / "preserved_data"
 # Flags that were null and are gone, as a run that did not use them has them.
 GONE = {"ramp": 0.0, "continuations": 0, "more": 0.3}
-SHORT = ("Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read")
-LONG = ("Run", "Row", "Questions trained on", "n", "F1", "F1 - first row", "EM", "NLL/token", "First token",
-        "Tokens read", "Commit")
+SHORT = ["Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read"]
 
 
 def train_command(config):
@@ -58,30 +56,6 @@ def eval_command(run, rows):
         changed.append(" --read_again")
     return (f"python eval.py --mode {','.join(rows)} --ckpt {run.config['out']}/ckpt/best "
             f"--data {Path(m['dataset']).name} --samples {m['samples']}" + "".join(changed))
-
-
-def short(name):
-    """A preserved run's name without its date, LM and data."""
-    return re.sub(r"^[\d-]+_(smollm2_squad_)?", "", name)
-
-
-def cells(run, row, first):
-    """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
-    if row not in run.rows:
-        raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
-    s, about = run.rows[row][0], ROWS[split_row(row)[0]]
-    at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
-    best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
-    start = Path(run.config.get("start", "")).parts  # preserved_data/RUN/ckpt or RUN/ckpt/best
-    after = f" after {short(start[start[0] == RUNS.name])}'s" if start else ""
-    return {
-        "Run": short(run.name) if about.lora else "-", "Row": row,
-        "Reads": about.heading + (f" ({at})" if at else ""),
-        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora else "-",
-        "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
-        "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
-        "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
-        "Tokens read": number("tokens_read", "{:.0f}"), "Commit": (run.metrics.get("git_commit") or "-")[:7]}
 
 
 def bar(run, row):
@@ -123,7 +97,7 @@ def block(kind, names):
     if kind == "bars":
         return "\n".join(["```", *(bar(Run(RUNS / name), row) for row, name in pairs), "```"])
     runs = {name: Run(RUNS / name) for _, name in pairs}
-    columns, commands = SHORT if kind == "table" else LONG, []
+    columns, commands = SHORT if kind == "table" else COLUMNS, []
     first = runs[pairs[0][1]], pairs[0][0]
     found = [cells(runs[name], row, first) for row, name in pairs]
     if kind == "runs":
@@ -132,7 +106,7 @@ def block(kind, names):
         commands = ["```", *dict.fromkeys(sum(lines, [])), "```", ""]
     if kind == "table":  # is read in two minutes
         found = [row | {"EM": row["EM"].split(" ")[0]} for row in found]
-    return "\n".join([*commands, *markdown_table(list(columns), [[row[c] for c in columns] for row in found])])
+    return "\n".join([*commands, *markdown_table(columns, [[row[c] for c in columns] for row in found])])
 
 
 def renewed(text):

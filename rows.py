@@ -77,8 +77,8 @@ def split_row(name):
     sent = known and known.latents in ("own", "other")
     number = known and (sent or known.keep) and own.isdigit() and int(own) > 0
     if not known or at and not (number or sent and own in FORMATS):
-        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, all, latent@16 or truncated@16 for "
-                        "another M, latent@int8 for another format")
+        raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, own, all, latent@16 or truncated@16 "
+                        "for another M, latent@int8 for another format")
     return row, int(own) if own.isdigit() else None, own if own in FORMATS else None
 
 

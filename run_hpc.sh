@@ -14,8 +14,8 @@
 #   bash run_hpc.sh demo     a laptop without a GPU: installs into .venv, trains a wire on SmolLM2-135M for at most 6 minutes,
 #                            evaluates every row, asks the wire. About 15 minutes the first time; interrupted, it goes on where it was.
 #   bash run_hpc.sh test     installs into .venv and runs every test, about 7 minutes on 2 cores.
-#   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time: minutes a cell, skips what is finished.
-#                            Arguments go to ablate.py: --data FILE --eval_data FILE --cells base,embeds
+#   bash run_hpc.sh ablate   SmolLM2-135M on SQuAD, one thing changed at a time, and a table: some minutes a run, skips what is
+#                            finished. Arguments go to train.py: --data FILE, --samples 90000 --minutes 30 for equal times.
 #   bash run_hpc.sh results  writes the tables of README.md and RESULTS.md from the runs in preserved_data.
 #   bash run_hpc.sh gpu      one GPU, ten minutes: checks it, trains and evaluates the recommended run, measures. --dry without.
 #   sbatch run_hpc.sh        one node with 4 GPUs: Llama-3.1-8B-Instruct on SQuAD with the recommended settings, then every
@@ -44,12 +44,19 @@ setup() {
   cp requirements-pinned.txt "$stamp"
 }
 
+# What a run in $1 can be measured by: neither trained it nor picked its checkpoint.
+unseen() {
+  "$python" -c 'import json, sys, train
+print(train.unseen(train.Config(**json.load(open(sys.argv[1])))))' "$1/config.json"
+}
+
+python=.venv/bin/python
 case "${1:-}" in
 test)
   shift
   setup
   export OMP_NUM_THREADS=1  # two tests at a time
-  exec .venv/bin/python -m pytest test_all.py -q -n 2 --dist worksteal -o markers="slow: runs a real model or whole scripts" "$@"
+  exec "$python" -m pytest test_all.py -q -n 2 --dist worksteal -o markers="slow: runs a real model or whole scripts" "$@"
   ;;
 demo)
   shift
@@ -57,9 +64,9 @@ demo)
   export HF_HUB_OFFLINE=1
   out=runs/demo
   echo "== 1/3 train a wire on synthetic passages (at most 6 minutes; Ctrl-C and start again resumes)" >&2
-  .venv/bin/python train.py --preset demo --out "$out" --resume "$@"
+  "$python" train.py --preset demo --out "$out" --resume "$@"
   echo "== 2/3 answer 100 questions about people it has never met, through every row" >&2
-  .venv/bin/python eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 100 --out "$out"
+  "$python" eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 100 --out "$out"
   echo "== 3/3 the wire answers questions about a text of yours: here a passage of the kind it was trained on" >&2
   cat > "$out/sample.txt" <<END
 Marta Lindqvist works as a surgeon. In the evenings Pavel Ostrow practises chess. Marta Lindqvist now lives in Oslo. Pavel
@@ -67,7 +74,7 @@ Ostrow is a baker by profession. The home of Pavel Ostrow is in Lima. The favour
 END
   for question in "What is the profession of Pavel Ostrow?" "In which city does Marta Lindqvist live?"; do
     echo "$question"
-    .venv/bin/python ask.py --ckpt "$out/ckpt/best" --context "$out/sample.txt" --question "$question" | sed 's/^/  /'
+    "$python" ask.py --ckpt "$out/ckpt/best" --context "$out/sample.txt" --question "$question" | sed 's/^/  /'
   done
   cat <<END
 
@@ -82,21 +89,53 @@ Next:
   .venv/bin/python train.py --preset squad     # real SQuAD, an hour; --data FILE for a local copy
 END
   ;;
-ablate | results)
+ablate)
+  shift
   setup
-  exec .venv/bin/python "$1.py" "${@:2}"
+  runs=()
+  while IFS=: read -r -u 3 name flags; do
+    out=runs/ablate/$name
+    runs+=("$out")
+    [[ -f "$out/eval/metrics.json" ]] && continue
+    echo "== $out: $flags" >&2
+    # shellcheck disable=SC2086  # flags are several words
+    "$python" train.py --preset squad --samples 400 --minutes 0 --eval_samples 25 --eval_every 0 --resume "$@" $flags --out "$out"
+    "$python" eval.py --mode own --ckpt "$out/ckpt/best" --data "$(unseen "$out")" --samples 500
+  done 3<<END
+base:
+embeds: --wire embeds
+asked: --scope asked
+prompt: --scope prompt
+truncated: --wire tokens --keep truncated
+selective: --wire tokens --keep selective
+matched: --wire tokens --keep matched
+all: --wire tokens --keep all
+latents_16: --latents 16
+latents_64: --latents 64
+frozen_encoder: --encoder_rank 0
+rank_16: --encoder_rank 16
+kd: --kd 0.5
+first_0: --first 0
+first_3: --first 3
+entropy: --entropy 0.5
+lr_double: --lr 2e-3
+lr_half: --lr 5e-4
+END
+  "$python" report.py "${runs[@]}"
+  ;;
+results)
+  setup
+  exec "$python" results.py "${@:2}"
   ;;
 gpu)
   shift
-  python=.venv/bin/python
   # A GPU machine may have PyTorch and no package index: what is there is used.
   if python3 -c 'import torch, transformers, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=python3; else setup; fi
   exec "$python" gpu.py "$@"
   ;;
 "" | -*)
   # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
-  python=python3
-  [[ -x .venv/bin/python ]] && python=.venv/bin/python
+  [[ -x "$python" ]] || python=python3
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   preset=default out=
   args=("$@")
@@ -126,9 +165,7 @@ gpu)
   child=$!
   trap 'kill -TERM $child 2>/dev/null || true; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
   wait $child
-  # What neither trained the wire nor picked its checkpoint.
-  data=$("$python" -c 'import json, sys, train
-print(train.unseen(train.Config(**json.load(open(sys.argv[1])))))' "$out/config.json")
+  data=$(unseen "$out")
   evaluate=("$python") shard=()
   [[ " $* " == *" --shard "* ]] && evaluate=("${launch[@]}") && shard=(--shard)
   "${evaluate[@]}" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out" "${shard[@]}" &

@@ -42,7 +42,6 @@ import transformers
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-import ablate
 import ask
 import bench
 import common
@@ -63,7 +62,7 @@ from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embe
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
 from model import (RIDGE, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity, ridge,
-                   traits)
+                   traits, untrained)
 from rows import (ROWS, adapter_latents, evaluate_row, exact_match, f1_score, interval, kept_tokens,
                   other_contexts, own_row, ranks, rows_of, split_row)
 from store import (FORMAT, READS_OLDER, divide, encode, join, load_document, load_trained, load_wire, read_checkpoint,
@@ -1092,6 +1091,9 @@ def test_names_of_rows():
     assert lacks == [{"adapter"}, set(), {"latent", "latent_shuffled", "adapter"}]
     kept = [own_row(WireConfig(wire="tokens", keep=keep)) for keep in ("truncated", "selective", "matched", "all")]
     assert [own_row(WireConfig()), *kept] == ["latent", "truncated_lora", "selective_lora", "matched_lora", "text_lora"]
+    rival = WireConfig(wire="tokens", keep="all")
+    assert evaluation.choose_rows("own,text,text_lora", rival, True) == ["text_lora", "text"]
+    assert evaluation.choose_rows("own", untrained("tiny"), False) == ["latent"]
 
 
 @torch.no_grad()
@@ -2005,12 +2007,27 @@ def test_run_hpc_calls_what_there_is(hpc, tmp_path):
     demo, *others = [parsers[script](flags) for _, script, *flags in calls]  # each flag is there
     assert demo.minutes == 1 and demo.resume and {other.ckpt for other in others} == {f"{demo.out}/ckpt/best"}
     assert hpc("test", "-k", "x")[1][0][:4] == ["python", "-m", "pytest", "test_all.py"]
-    assert hpc("ablate", "--cells", "base")[1] == [["python", "ablate.py", "--cells", "base"]]
     assert [" ".join(call) for call in hpc("--lr", "3e-4", "--out=runs/x")[1]] == [
         "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
         "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
     assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
     assert "error: target 'x' is unknown; there are demo, test, ablate, results, gpu" in hpc("x", code=2)[0]
+
+
+def test_run_hpc_changes_one_thing_at_a_time(hpc, tmp_path):
+    write_atomic(tmp_path / "runs/ablate/frozen_encoder/eval/metrics.json", "{}")  # one that is finished
+    *calls, (_, *compared) = hpc("ablate", "--data", "x.jsonl", "--samples", "7")[1]
+    trained = [parse_config(flags) for _, script, *flags in calls[::2] if script == "train.py"]
+    asked = [evaluation.parse_args(flags) for _, script, *flags in calls[1::2] if script == "eval.py"]
+    assert [f"{config.out}/ckpt/best" for config in trained] == [args.ckpt for args in asked]
+    assert {(args.mode, args.data) for args in asked} == {("own", "its-own-data")}
+    recipes = [asdict(replace(config, out="")).items() for config in trained]
+    base, changed = dict(recipes[0]), [dict(recipe - recipes[0]) for recipe in recipes]
+    assert (base["data"], base["samples"], base["wire"]) == ("x.jsonl", 7, "kv") and changed[0] == {}
+    assert all(len({*made} - {"wire"}) == 1 or made == {"wire": made["wire"]} for made in changed[1:])
+    assert len({frozenset(made.items()) for made in changed}) == len(trained) > 10
+    assert compared[:2] == ["report.py", "runs/ablate/base"] and len(compared) == len(trained) + 2
+    assert "runs/ablate/frozen_encoder" in compared and all("frozen" not in config.out for config in trained)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc shows who listens: run on Linux")
@@ -2073,7 +2090,7 @@ def test_errors_that_are_a_line_wherever_they_come_from(capsys):
 def test_scripts_start_where_unix_modules_are_missing():
     hidden = "import sys; from transformers import AttentionInterface, AutoModelForCausalLM\n"
     hidden += "sys.modules.update(dict.fromkeys(('fcntl', 'resource')))\n"
-    scripts = "import train, eval, ask, report, ablate, bench, gpu, results; train.parse_config([])\n"
+    scripts = "import train, eval, ask, report, bench, gpu, results; train.parse_config([])\n"
     scripts += "print(train.memory(), end='')\ntrain.parse_config(['--help'])"
     done = subprocess.run([sys.executable, "-c", hidden + scripts], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("{}usage"), done.stderr
@@ -2597,9 +2614,12 @@ def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
     rival = fake_run(tmp_path / "rival", {"truncated_lora": 0.4, "text_lora": 0.75})
     write_config(rival, "--wire", "tokens")
     said = run("report.py", ours, rival).stdout
-    assert "| F1 | ours, n = 2 | rival, n = 2 |" in said and "| latent | 50.0% [40.0, 60.0] | - |" in said
-    assert "| **trained for** | latent 50.0% [40.0, 60.0] | truncated_lora 40.0% [30.0, 50.0] |" in said
-    assert "truncated_lora 40.0%" in (ours / "comparison.html").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines()]
+    assert [row[:2] for row in rows[2:]] == [["ours", "latent"], ["rival", "truncated_lora"], ["ours", "text_lora"],
+                                             ["rival", "text_lora"]]
+    f1, gap = rows[0].index("F1"), rows[0].index("F1 - first row")
+    assert [row[f1] for row in rows[2:4]] == ["50.0% [40.0, 60.0]", "40.0% [30.0, 50.0]"] and rows[2][gap] == "-"
+    assert "<td>truncated_lora</td>" in (ours / "comparison.html").read_text()
     page = report.markdown(report.Run(rival))
     assert "**Truncated context, LoRA on**" in page and "keep truncated" in page and "encoder_rank" not in page
 
@@ -2617,7 +2637,8 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     assert (out / "report.html").read_text().count("<svg") == 4  # F1, loss, first token, dev slice
     page, metrics = (out / "README.md").read_text(), json.loads((out / "eval/metrics.json").read_text())
     assert f"| **Latents** | {100 * metrics['latent']['tiny']['f1']:.1f}% [" in page and "Carried by the wire" in page
-    assert "wire kv, latents 8" in page and "more 0.3" in page and "skipped_steps 0" in page
+    for text in ("wire kv, latents 8", "loss weights tf 1.0, first 3.0, entropy 0.5", "skipped_steps 0"):
+        assert text in page
     tell(out, "--preserve", kept, "--name", "tiny")
     (copy,), listed = [path for path in kept.iterdir() if path.is_dir()], (kept / "README.md").read_text()
     assert f"--mode latent --ckpt kept/{copy.name}/ckpt" in listed and "git checkout" not in listed
@@ -2703,8 +2724,7 @@ def test_tables_say_what_the_runs_measured(name):
 def test_every_printed_command_is_understood():
     """Each flag that README, RESULTS or a docstring shows is one of its script's, each target one of run_hpc.sh's."""
     parse = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args,
-             "report.py": report.parse_args, "bench.py": bench.parse_args, "ablate.py": ablate.parse_args,
-             "results.py": results.parse_args}
+             "report.py": report.parse_args, "bench.py": bench.parse_args, "results.py": results.parse_args}
     targets = re.findall(r"^(\w+)(?: \| (\w+))?\)$", (HERE / "run_hpc.sh").read_text(), re.M)
     targets = [name for names in targets for name in names if name]
     parse["run_hpc.sh"] = lambda words: [targets.index(word) for word in words[:1] if not word.startswith("-")]
@@ -2713,50 +2733,12 @@ def test_every_printed_command_is_understood():
     command = r"(?:python|bash|sbatch|torchrun[-=_\w ]*) +(\w+\.(?:py|sh))((?: +(?:\"[^\"]*\"|[\w./,=-]+))*)"
     shown, wrong = [found for page in pages for found in re.findall(command, page)], []
     for script, rest in shown:
-        words = shlex.split(rest)
+        words = shlex.split(re.sub(r"--continu(e|ations) \S+", "", rest))  # a run of an earlier commit had it
         try:
             "--help" in words or parse[script](words)
         except (UserError, SystemExit, ValueError, KeyError) as error:
             wrong.append((script, rest, error))
     assert wrong == [] and {script for script, _ in shown} == parse.keys()
-
-
-def test_every_cell_of_the_ablation_is_another_recipe():
-    made = {name: asdict(parse_config(["--preset", "squad", *flags.split()])) for name, flags in ablate.CELLS.items()}
-    assert len({json.dumps(config) for config in made.values()}) == len(made)
-    assert made["lr 2x"]["lr"] == 2 * made["base"]["lr"] == 4 * made["lr 0.5x"]["lr"]
-
-
-def test_a_cell_of_the_ablation_is_done_once(tmp_path, monkeypatch):
-    """One that took another time than the base runs again for the base's, a finished one does not."""
-    calls, times = [], [("base", 0), ("elastic", 0), ("tokens_all", 0), ("tokens_all_equal_time", 5)]
-
-    def call(script, *flags):
-        given = dict(zip(flags, flags[1:]))
-        folder = given["--out"] if script == "train.py" else given["--ckpt"].parents[1]
-        whole = "all" in folder.name
-        calls.append((script, folder.name, given.get("--minutes"), given.get("--mode")))
-        if script == "train.py":
-            write_config(folder, *flags)
-            state = {"finished": True, "seen": 10, "elapsed": 60 * given["--minutes"] or (600 if whole else 300)}
-            write_atomic(folder / "ckpt/last/state.json", json.dumps(state))
-        else:
-            fake_run(folder, dict.fromkeys(given["--mode"].split(","), 0.5), ["x y", "x" if whole else "z"],
-                     samples=given["--samples"], dataset=given["--data"])
-    monkeypatch.setattr(ablate, "call", call)
-    given = ["--cells", "base,elastic,tokens all", "--out", str(tmp_path)]
-    begin = lambda *more: ablate.main(ablate.parse_args([*given, *more]))
-    begin()
-    begin()  # finds everything done
-    assert [c[1:3] for c in calls[::2]] == times
-    assert [c[3] for c in calls[1::2]] == ["latent", "latent@8,latent@16,latent@32,latent@64", "text_lora", "text_lora"]
-    row = "| tokens all | equal time | 10 | 5.0 | text_lora | 33 | 50.0% [40.0, 60.0] | +33.3 [0.0, 66.7] |"
-    assert row in (tmp_path / "table.md").read_text()
-    calls.clear()
-    begin("--eval_samples", "7")
-    assert [c[0] for c in calls] == ["eval.py"] * 4  # other questions: answered again, not trained again
-    with pytest.raises(UserError, match="base was trained with another --data"):
-        begin("--data", "synthetic")
 
 
 # ------------------------------------------------------------------------------------------------
