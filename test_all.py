@@ -1534,17 +1534,16 @@ def test_a_step_depends_on_its_number_alone(changes, per_row, sizes):
     items = [Item(Example(str(i), f"context {i // 4}", "?", ("a",)), np.zeros(10 + i // 4 % 7), None, None)
              for i in range(64)]
     config = Config(**{**dict(batch=8, epochs=3, pack=2, latents="4,8"), **changes})
-    plain = lambda step: [(given, M, rng.random()) for given, M, rng in step]
     plan, other = Plan(config, items, 4), Plan(config, items, 4)
-    steps = [plain(plan[n]) for n in range(len(plan))]
-    assert [plain(other[n]) for n in reversed(range(len(plan)))] == steps[::-1] and len(steps) == 24
+    steps = [plan[n] for n in range(len(plan))]
+    assert [other[n] for n in reversed(range(len(plan)))] == steps[::-1] and len(steps) == 24
     assert [plan.where(n) for n in (0, 7, 8, 23)] == [(0, 0), (0, 7), (1, 0), (2, 7)]
     for epoch in range(3):  # each question once
-        given = [row for step in steps[epoch * 8:][:8] for micro, _, _ in step for row in micro]
+        given = [row for step in steps[epoch * 8:][:8] for micro, _ in step for row in micro]
         assert sorted(sum(given, [])) == list(range(64)) and {len(row) for row in given} == {per_row}
         assert all(len({number // 4 for number in row}) == 1 for row in given)
-    assert {M for step in steps for _, M, _ in step} == sizes and steps[:8] != steps[8:16]
-    assert plain(Plan(replace(config, seed=1), items, 4)[0]) != steps[0]
+    assert {M for step in steps for _, M in step} == sizes and steps[:8] != steps[8:16]
+    assert Plan(replace(config, seed=1), items, 4)[0] != steps[0]
 
 
 @pytest.mark.parametrize("articles, n, held", [(40, 12, 2), (15, 100, 3), (6, 100, 2), (2, 4, 1)])
@@ -1591,7 +1590,7 @@ def test_a_run_warms_up_cools_down_and_ends_on_time(tiny, monkeypatch):
     wire, prompt, items = make_wire(tiny)
     T, run = len(items[0].context), SimpleNamespace(wire=wire, lm=wire.lm, items=items, device=torch.device("cpu"),
                                                     config=Config(latents="8", kd=1.0))
-    batch, teacher = train.make_batch(run, [[0]], 8, random.Random(0))
+    batch, teacher = train.make_batch(run, [[0]], 8)
     assert batch.source.length.item() == 2 + 8 and teacher.ids[0, 2:2 + T].tolist() == items[0].context.tolist()
 
 
