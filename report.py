@@ -2,7 +2,7 @@
 Look at a run: write RUN/README.md, the run in one page, and RUN/report.html, with curves and its predictions.
 
     python report.py runs/squad                              # also while it is still training
-    python report.py runs/squad runs/demo                    # compared to the first: a table, runs/squad/comparison.html
+    python report.py runs/squad runs/demo                    # a table, and runs/squad/comparison.html
     python report.py runs/squad --preserve preserved_data    # a copy to keep: logs, scores, answers, checkpoint
 
 The curves need matplotlib (pip install matplotlib); without it the page keeps its tables. Reads config.json, logs/ and

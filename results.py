@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import Parser, UserError, run_main, write_atomic
+from common import Parser, run_main, write_atomic
 
 
 def parse_args(argv=None):
