@@ -449,7 +449,7 @@ class Batch(Tensors):
 def pack(rows, starts=None):
     """Lay out a Batch. rows: [(prefix ids, questions: a list of (ids, answer ids)), ...]; starts: the position of each
     row's first token, past the latents in its cache (default 0)."""
-    ids, position, segment, targets = [], [], [], []
+    ids, position, segment, targets, firsts = [], [], [], [], []
     for r, (prefix, questions) in enumerate(rows):
         start, at = starts[r] if starts else 0, len(prefix)
         parts, places, segments = [prefix], [start + np.arange(at)], [np.zeros(at, int)]
@@ -459,15 +459,15 @@ def pack(rows, starts=None):
             places.append(start + len(prefix) + np.arange(len(part)))
             segments.append(np.full(len(part), s))
             first = at + len(text) - 1  # the position that predicts the answer's first token
-            targets.append([(r, first + k, token, len(targets), k) for k, token in enumerate(answer)])
+            targets += [(r, first + k, token, len(firsts), k) for k, token in enumerate(answer)]
+            firsts.append(len(targets) - len(answer))
             at += len(part)
         ids.append(np.concatenate(parts))
         position.append(np.concatenate(places))
         segment.append(np.concatenate(segments))
-    ends = np.cumsum([0] + [len(answer) for answer in targets])
     return Batch(pad(ids, PAD), pad(position, 0), pad(segment, -1),
-                 *torch.tensor(sum(targets, []), dtype=torch.long).view(-1, 5).T.contiguous(),
-                 torch.from_numpy(ends[:-1]), len(targets))
+                 *torch.tensor(targets, dtype=torch.long).view(-1, 5).T.contiguous(),
+                 torch.tensor(firsts, dtype=torch.long), len(firsts))
 
 
 def lay_source(before, texts, counts, repeat, asks=None):

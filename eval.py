@@ -200,17 +200,17 @@ def describe_latents(metrics, name, result, items, wire):
 def choose_rows(mode, config, trained):
     """The names of --mode's rows. config: of the wire, trained or not. Raises UserError for a row that is none or that
     this wire cannot answer."""
-    own = [name for name in rows_of(config) if trained or not ROWS[name].lora]
+    can = [name for name in rows_of(config) if trained or not ROWS[name].lora]
     if mode == "all":
-        if missing := [name for name in ROWS if name not in own]:
+        if missing := [name for name in ROWS if name not in can]:
             why = f"--wire {config.wire} has none" if trained else "no --ckpt (latent by name: of an untrained wire)"
             log(f"notice: {', '.join(missing)} are left out: {why}")
-        return own
+        return can
     named = (part.strip() for part in mode.split(","))
     rows = list(dict.fromkeys(own_row(config) if name == "own" else name for name in named))
     for name in rows:
         row = split_row(name)[0]
-        if row not in own and (trained or ROWS[row].latents not in ("own", "other")):
+        if row not in can and (trained or ROWS[row].latents not in ("own", "other")):
             raise UserError(f"--mode {name} needs " + (
                 f"another wire than this one of --wire {config.wire}: train one with --wire "
                 f"{'embeds' if row == 'adapter' else 'kv'}"

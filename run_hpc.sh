@@ -44,7 +44,7 @@ setup() {
   cp requirements-pinned.txt "$stamp"
 }
 
-# What a run in $1 can be measured by: neither trained it nor picked its checkpoint.
+# Names data that neither trained the run in folder $1 nor picked its checkpoint.
 unseen() {
   "$python" -c 'import json, sys, train
 print(train.unseen(train.Config(**json.load(open(sys.argv[1])))))' "$1/config.json"

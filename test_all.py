@@ -56,8 +56,7 @@ import rows
 import store
 import train
 from common import UserError, claim, read_lines, run_main, write_atomic
-from data import (Example, Item, LATENT, Prompt, epoch_plan, lay_source, load_data, load_squad,
-                  synthetic)
+from data import Example, Item, LATENT, Prompt, epoch_plan, lay_source, load_data, load_squad, synthetic
 from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss

@@ -393,11 +393,9 @@ class Plan:
     def __getitem__(self, n):
         """The micro-batches of step n: [(rows of item numbers, M), ...]."""
         epoch, step = self.where(n)
-        sizes, found = budgets(self.config), []
-        for i, rows in enumerate(self._epoch(epoch)[step]):
-            M = random.Random(f"{self.config.seed} {n} {i}").choice(sizes)
-            found.append((rows, None if self.config.ratio and self.config.scope != "asked" else M))
-        return found
+        sizes = [None] if self.config.ratio and self.config.scope != "asked" else budgets(self.config)
+        return [(rows, random.Random(f"{self.config.seed} {n} {i}").choice(sizes))
+                for i, rows in enumerate(self._epoch(epoch)[step])]
 
 
 @dataclass
