@@ -76,7 +76,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
 from data import PAD, Prompt, group_by_context, load_data
-from lm import _attend_and_note, checkpoint_layers, generate, load_lm, use_lora
+from lm import DTYPES, _attend_and_note, autocast, checkpoint_layers, generate, load_lm, use_lora
 from model import Latents, LatentWire, WireConfig, budgets, every_place
 from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
@@ -87,10 +87,10 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # as its config.json says
 
 
-def setup(args, most=5000, **changes):
+def setup(args, most=5000, dtype=None, **changes):
     """(wire, items): a fresh LM with a wire around it, and `most` tokenised examples, those of a paragraph together."""
     torch.manual_seed(0)
-    lm, tokenizer = load_lm(args.lm, device=args.device, wired=True)
+    lm, tokenizer = load_lm(args.lm, dtype, args.device, wired=True)
     prompt = Prompt(tokenizer, "plain", 1024)
     wire = LatentWire(lm, WireConfig(lm=args.lm, **{"prompt": "plain", "lora_rank": 8, **changes}), prompt).train()
     return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:most])
@@ -191,7 +191,8 @@ def step_of(wire, rows):
             kept = kept_tokens(wire.config.keep, wire.lm, wire.prompt, [row[0] for row in rows], [32] * len(rows))
         with record_function("collate"):
             batch = wire.collate(rows, wire.stored, None, kept).to(wire.rarity.device)
-        loss = wire(batch, WEIGHTS)[0]
+        with autocast(wire.lm):
+            loss = wire(batch, WEIGHTS)[0]
         with record_function("backward"):
             loss.backward()
         with record_function("optimizer"):
@@ -218,6 +219,8 @@ def bench_train(args):
     checkpoint_layers(saving.lm)
     contenders = {"kv": step_of(wire, rows), "kv, one question a row": step_of(wire, alone),
                   "kv, --grad_checkpoint": step_of(saving, rows),
+                  **{f"kv, --dtype {dtype}": step_of(setup(args, dtype=getattr(torch, dtype))[0], rows)
+                     for dtype in DTYPES if getattr(torch, dtype) != wire.lm.dtype},
                   "embeds": step_of(setup(args, wire="embeds")[0], rows)}
     for keep in ("truncated", "all"):
         contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)

@@ -45,6 +45,7 @@ def parse_args(argv=None):
     add("--shard", action="store_true", help="under torchrun: spread the LM over the processes, for one that is too "
                                              "large for a GPU")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
+    add("--dtype", help="float32 or bfloat16 (default: bfloat16 on a GPU that has it, else float32)")
     add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
     add("--json", action="store_true", help="print metrics.json in place of the table")
     return p.parse_args(argv)
@@ -305,7 +306,7 @@ def main():
     run = Path(args.ckpt).resolve().parent if args.ckpt else None
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     lock = claim(out / "eval") if first_process() else None  # held to the end: of two, one would lose its rows
-    device, dtype, why = pick_device(args.device)
+    device, dtype, why = pick_device(args.device, args.dtype)
     if args.shard:
         device = join(device, 15)
         if not saved:

@@ -50,7 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import setup
 from data import Prompt, group_by_context, synthetic
-from lm import embed, head, load_lm, pick_device
+from lm import autocast, embed, head, load_lm, pick_device
 from model import WireConfig
 from rows import rows_of
 
@@ -153,21 +153,20 @@ def work(args):
     """(the largest micro-batch that fits, found on the longest paragraphs; FLOPs of a usual question's forward and
     backward pass)."""
     from torch.utils.flop_counter import FlopCounterMode
-    device, dtype, _ = pick_device(args.device)
     wire, items = setup(args, most=None, lora_rank=32)
     groups = sorted((group[:5] for group in group_by_context(items)), key=lambda group: -len(items[group[0]].context))
     given = lambda some: [[items[i] for i in group] for group in some]
 
     def step(rows):
-        with torch.autocast(device.type, dtype, device.type == "cuda"):
-            wire(wire.collate(rows, wire.stored).to(device), {"tf": 1.0, "first": 0.5})[0].backward()
+        with autocast(wire.lm):
+            wire(wire.collate(rows, wire.stored).to(wire.lm.device), {"tf": 1.0, "first": 0.5})[0].backward()
         wire.zero_grad(set_to_none=True)
     usual = given(groups[len(groups) // 2:][:4])
     # Of other kernels PyTorch 2.11 does not count several query heads that share a key.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(usual)
     flops = counter.get_total_flops() / sum(map(len, usual))
-    size = args.micro_batch or (8 if args.dry or device.type == "cpu" else 256)
+    size = args.micro_batch or (8 if args.dry or wire.lm.device.type == "cpu" else 256)
     while True:
         longest, count = [], 0
         for group in groups:

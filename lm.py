@@ -40,8 +40,14 @@ from data import CACHE, LATENT, PAD, pad
 # ------------------------------------------------------------------------------------------------
 # Load and read
 
-def pick_device(name=None):
-    """(device, dtype, why): CUDA with bf16 where the hardware has it, else float32, also the fastest on CPUs."""
+DTYPES = ("float32", "bfloat16")
+
+
+def pick_device(name=None, dtype=None):
+    """(device, dtype, why): what is asked for, one of DTYPES; else CUDA with bf16 where the hardware has it, else
+    float32."""
+    if dtype and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is unknown; there are {', '.join(DTYPES)}")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name} is unknown; there are cpu, cuda, cuda:0, ..., mps")
@@ -52,8 +58,15 @@ def pick_device(name=None):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
     bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)  # T4 and V100 emulate
-    why = "the GPU has bf16" if bf16 else "exact, and on CPUs the fastest" if name == "cpu" else "this GPU has no bf16"
+    if dtype:
+        return torch.device(name), getattr(torch, dtype), "asked for"
+    why = "the GPU has bf16" if bf16 else "exact" if name == "cpu" else "this GPU has no bf16"
     return torch.device(name), torch.bfloat16 if bf16 else torch.float32, why
+
+
+def autocast(lm):
+    """The context of a training pass: operations of what is trained, in float32, are those of a bf16 LM there."""
+    return torch.autocast(lm.device.type, torch.bfloat16, enabled=lm.dtype == torch.bfloat16)
 
 
 def load_lm(name, dtype=None, device=None, wired=False):

@@ -57,7 +57,7 @@ import store
 import train
 from common import UserError, claim, read_lines, run_main, write_atomic
 from data import Example, Item, LATENT, Prompt, epoch_plan, lay_source, load_data, load_squad, synthetic
-from lm import (LoRALinear, Tape, add_lora, check_cache, checkpoint_layers, embed, generate, importance,
+from lm import (LoRALinear, Tape, add_lora, autocast, check_cache, checkpoint_layers, embed, generate, importance,
                 lm_identity, load_lm, pick_device, turn, use_lora)
 from losses import wire_loss
 from model import (RIDGE, Latents, LatentWire, WireConfig, budgets, check_config, every_place, nearness, rarity, ridge,
@@ -2115,7 +2115,24 @@ def test_memory_and_locks_are_what_the_system_gives(tiny, tmp_path, monkeypatch)
     assert evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items[:2], wire, max_new_tokens=1)["latents"] == 4
 
 
+def test_a_wire_trains_in_bf16_on_a_cpu(tiny):
+    """Its LoRA sets stay float32, and get about the gradients that they get in float32."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        wire, prompt, items = wire_of(*load_lm(tiny, dtype, "cpu", wired=True))
+        with autocast(wire.lm):
+            loss = wire.loss(batch_of(wire, [items[:3], items[6:8]]), {"tf": 1.0})[0]
+        loss.backward()
+        found[dtype] = torch.cat([p.grad.flatten() for p in wire.trainable().values()])
+        assert wire.lm.dtype == dtype and found[dtype].dtype == torch.float32
+    assert F.cosine_similarity(*found.values(), dim=0) > 0.9
+    assert not torch.equal(*found.values())
+
+
 def test_devices_that_are_not_there(monkeypatch):
+    assert pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(UserError, match="--dtype fp8 is unknown; there are float32, bfloat16"):
+        pick_device("cpu", "fp8")
     with pytest.raises(UserError, match="--device mps: this PyTorch sees no Apple GPU"):
         pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

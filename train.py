@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_lines, run_main,
                     same_file, write_atomic)
 from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
-from lm import LoRALinear, checkpoint_layers, join, load_lm, pick_device, shard
+from lm import LoRALinear, autocast, checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option, rarity
 from rows import evaluate_row, kept_tokens, own_row, summary
@@ -89,6 +89,8 @@ class Config(WireConfig):
     save_every: int = option(50, "steps between writes of ckpt/last")
     timeout: float = option(15.0, "minutes that a process waits for another before it gives up")
     device: str = option("", "cuda or cpu (default: a GPU where there is one)")
+    dtype: str = option("", "float32 or bfloat16, of the frozen LM and what passes through it (default: bfloat16 on a GPU "
+                            "that has it, else float32; CPUs with AVX512-BF16 or AMX are faster in bfloat16)")
 
 
 # The recipe is the same everywhere: presets differ in LM, data and length.
@@ -317,7 +319,7 @@ def main():
     config = parse_config()
     # DDP: torchrun sets these
     rank, world = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    device, dtype, why = pick_device(config.device or None)
+    device, dtype, why = pick_device(config.device, config.dtype)
     with contextlib.ExitStack() as stack:  # what is closed however this ends, so that an error is the last line
         if rank == 0:
             stack.enter_context(claim(Path(config.out)))
@@ -423,7 +425,6 @@ class Run:
     wire: LatentWire
     model: object             # the wire, in DDP where there are several processes
     optimizer: object
-    autocast: object          # () -> context manager
     items: list
     dev: list
     plan: Plan
@@ -520,9 +521,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
             wire, [n for n, p in wire.named_parameters() if not p.requires_grad] + [n for n, _ in wire.named_buffers()])
         index = [device.index] if device.type == "cuda" else None
         model = DDP(wire, device_ids=index, broadcast_buffers=False)
-    autocast = lambda: torch.autocast("cuda", dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, autocast, items, dev, plan, state,
-              bar, Path(lm.name).name, [])
+    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, items, dev, plan, state, bar,
+              Path(lm.name).name, [])
     introduce(run, dtype, why)
     return run
 
@@ -592,7 +592,7 @@ def train_step(run, window):
             run.rescued = save(run)
         batch, teacher = make_batch(run, rows, M)
         # Gradients travel once a step, with the last micro-batch.
-        with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), run.autocast():
+        with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), autocast(run.lm):
             loss, parts, logits = run.model(batch, weights, config.K, config.temperature, teacher)
             (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
         stats, winners = first_token_stats(logits, batch, len(run.tokenizer))
