@@ -14,13 +14,12 @@ Ask a document of any length: its text is encoded into latents once, then every 
 Answers go to stdout, everything else to stderr: how sure the LM is of an answer, and the words that it needed most.
 """
 import contextlib
-import importlib
 import json
 import sys
 import time
 from pathlib import Path
 
-from common import Parser, UserError, check_counts, log, run_main, same_file
+from common import Parser, UserError, check_counts, log, run_main
 
 
 def parse_args(argv=None):
@@ -164,7 +163,7 @@ def check(args, config):
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
-    if args.save and Path(args.save).exists() and same_file(args.save, args.context):
+    if args.save and Path(args.save).resolve() == Path(args.context).resolve():
         raise UserError(f"--save {args.save} is the text itself; give another name")
     if document and config.wire == "tokens":
         raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
@@ -211,7 +210,7 @@ def typed():
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
-        importlib.import_module("readline")
+        import readline  # noqa: F401  # input() uses it
     with contextlib.suppress(EOFError):
         while True:
             yield input("? ")
@@ -235,6 +234,8 @@ def main(args):
     saved = read_checkpoint(args.ckpt) if trained else Checkpoint(None, untrained(args.lm), {}, "untrained")
     check(args, saved.config)
     lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
+    if not trained:
+        saved.config.max_prompt_tokens = min(saved.config.max_prompt_tokens, positions(lm))
     prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
     if not trained and tokenizer.chat_template:
         try:

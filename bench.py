@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from common import Parser, UserError, check_counts, log, run_main, write_atomic
+from common import Parser, UserError, check_counts, log, read_json, run_main, write_atomic
 
 PARTS = ("train", "profile", "answer", "scale", "plan", "documents", "articles", "peers")
 TRAINED = ("documents", "articles", "peers")  # these need --ckpt
@@ -76,8 +76,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
 from data import PAD, Prompt, group_by_context, load_data
-from lm import DTYPES, _attend_and_note, autocast, checkpoint_layers, generate, load_lm, use_lora
-from model import Latents, LatentWire, WireConfig, budgets, every_place
+from lm import DTYPES, _attend_and_note, autocast, checkpoint_layers, generate, load_lm, positions, use_lora
+from model import Latents, LatentWire, WireConfig, budgets
 from report import markdown_table, percent
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
@@ -91,8 +91,9 @@ def setup(args, most=5000, dtype=None, **changes):
     """(wire, items): a fresh LM with a wire around it, and `most` tokenised examples, those of a paragraph together."""
     torch.manual_seed(0)
     lm, tokenizer = load_lm(args.lm, dtype, args.device, wired=True)
-    prompt = Prompt(tokenizer, "plain", 1024)
-    wire = LatentWire(lm, WireConfig(lm=args.lm, **{"prompt": "plain", "lora_rank": 8, **changes}), prompt).train()
+    changes = {"prompt": "plain", "lora_rank": 8, "max_prompt_tokens": min(1024, positions(lm)), **changes}
+    prompt = Prompt(tokenizer, "plain", changes["max_prompt_tokens"])
+    wire = LatentWire(lm, WireConfig(lm=args.lm, **changes), prompt).train()
     return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:most])
 
 
@@ -336,7 +337,7 @@ def step_bytes(config, dtype, rows, prompt, recompute):
     if recompute:
         checkpoint_layers(lm)
     batch, trained = wire.collate(rows, wire.stored).map(mode.from_tensor), list(wire.trainable().values())
-    with mode, meter:
+    with mode, meter, autocast(wire.lm):
         before = meter.peak = meter.now
         wire(batch, WEIGHTS)[0].backward()
     return {"frozen": frozen, "layer": layer, "trained": 3 * size(trained), "passing": meter.peak - before}
@@ -382,6 +383,8 @@ def bench_documents(args):
     articles = list({example.title or example.context: example for example in examples}.values())
     contexts = {example.context: example for example in [*articles, *examples]}  # of other articles where there are
     items = wire.prompt.items(list(contexts.values())[:args.samples])
+    if len(items) < 4:
+        raise UserError(f"documents needs four contexts, --data {args.data} has {len(items)}; give more data")
     H, rng = len(wire.layout.before), random.Random(0)
     stored = [Document(encode(wire, item.context, wire.stored(len(item.context))), H, str(n))
               for n, item in enumerate(items)]
@@ -421,7 +424,7 @@ def as_reader(wire, text):
     """The Latents of a text (T,) that the reader itself reads, all of it at once: what it would answer from anyway."""
     wire.lm.config._attn_implementation = "behind"  # without latents it is plain SDPA
     source = wire.source([text], [len(text)]).to(wire.lm.device)
-    return every_place(source.ids != PAD, *wire.read(source, "reader")[2:])
+    return wire.read(source, "reader")[2]
 
 
 def article_answers(wire, text, items):
@@ -585,10 +588,11 @@ def main(args):
     parts = [part for part in PARTS if part in args.parts or "all" in args.parts and part != "peers"
              and (args.ckpt or part not in TRAINED)]
     path = Path(args.out) / "bench.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path)
     for part in parts:
-        print(f"== {part} ({args.lm}, {torch.get_num_threads()} CPU threads)", flush=True)
-        found[part] = {"lm": args.lm, "result": globals()[f"bench_{part}"](args)}
+        lm = args.ckpt if part in TRAINED else args.lm
+        print(f"== {part} ({lm}, {torch.get_num_threads()} CPU threads)", flush=True)
+        found[part] = {"lm": lm, "result": globals()[f"bench_{part}"](args)}
         write_atomic(path, json.dumps(found, indent=2) + "\n")
     log(f"written: {path}")
 

@@ -83,16 +83,15 @@ def claim(out):
         lock = open(out / "lock", "a+")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    if fcntl is None:
-        return lock
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         raise UserError(f"--out {out} is in use by process {lock.read().strip() or '?'}; wait for it, or give another "
                         "--out") from None
     except OSError:
-        return lock  # a file system without locks
+        pass  # a file system without locks
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
@@ -104,11 +103,6 @@ def check_counts(args, *names):
     for name in names:
         if (value := getattr(args, name)) is not None and not 1 <= value < float("inf"):
             raise UserError(f"--{name} {value} must be a number of at least 1")
-
-
-def same_file(one, other):
-    """Whether two paths lead to the same place."""
-    return Path(one).resolve() == Path(other).resolve()
 
 
 def check_own(path, begins, fix):
@@ -138,12 +132,18 @@ def read_lines(path):
     return records
 
 
+def read_json(path):
+    """What a file holds, or {} where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); write it again or remove it") from None
+
+
 def find_row(metrics, row, lm):
     """(scores, wall clock in s or None) of a row in a metrics.json, or None where it has no such row."""
-    baseline = metrics.get("embedding_baselines", {}).get(row)
-    if baseline:
-        wall = baseline.get("wall_clock_sec")
-        return baseline["metrics"][lm], wall.get(lm) if isinstance(wall, dict) else wall
+    if baseline := metrics.get("embedding_baselines", {}).get(row):
+        return baseline["metrics"][lm], baseline.get("wall_clock_sec", {}).get(lm)
     entry = metrics.get(row)
     return (entry[lm], entry.get("wall_clock_sec")) if isinstance(entry, dict) and lm in entry else None
 

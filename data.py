@@ -64,12 +64,9 @@ def load_data(source, split="train", samples=None, seed=0):
     if source == "synthetic":
         return synthetic(split, samples or (20_000 if split == "train" else 1_000), seed)
     examples = load_squad(source, split)
-    if samples is None or samples == len(examples):
-        return examples
-    if samples > len(examples):
+    if (samples or 0) > len(examples):
         log(f"notice: {samples} samples asked for, {source} has {len(examples)}: using all of them")
-        return examples
-    return [examples[i] for i in random.Random(seed).sample(range(len(examples)), samples)]
+    return examples if samples is None or samples >= len(examples) else random.Random(seed).sample(examples, samples)
 
 
 def load_squad(source, split="train"):
@@ -388,7 +385,7 @@ class Prompt:
     def report_cuts(self, what):
         """Say how many contexts were cut, if any were."""
         if self.cut:
-            log(f"notice: {what}: {self.cut} contexts cut to --max_prompt_tokens {self.max_prompt_tokens}, "
+            log(f"notice: {what}: {self.cut} questions' contexts cut to --max_prompt_tokens {self.max_prompt_tokens}, "
                 f"{self.answers_cut} of them lost their answer")
 
 
@@ -423,7 +420,6 @@ class Source(Tensors):
     again: object     # (B, R) token ids of what is read behind it unless that is predicted: the text again; PAD right
     length: object    # (B,) how many places each document has in the cache: before, latents
     most: int         # and the most of them
-    whole: bool       # whether every token is a latent
     asks: object = None  # (B, S) token ids that choose the latents, where a question does at once; PAD right
 
 
@@ -475,7 +471,7 @@ def lay_source(before, texts, counts, repeat, asks=None):
     more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents."""
     behind = lambda front: pad([np.concatenate([front, text]) for text in texts], PAD)
     return Source(behind(before), behind(repeat), len(before) + torch.tensor(counts), len(before) + max(counts),
-                  counts == [len(text) for text in texts], pad(asks, PAD) if asks else None)
+                  pad(asks, PAD) if asks else None)
 
 
 def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):

@@ -12,8 +12,8 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from common import (Parser, UserError, append_line, check_counts, claim, find_row, first_process, log, run_main,
-                    write_atomic)
+from common import (Parser, UserError, append_line, check_counts, claim, find_row, first_process, log, read_json,
+                    read_lines, run_main, write_atomic)
 
 
 def parse_args(argv=None):
@@ -74,9 +74,7 @@ SHOWN = 20  # questions of which is written down what the wire keeps
 
 def place_row(metrics, row, name, result):
     """Put a row where the preserved run's schema has it."""
-    scores = summary(result)
-    ready = result["prefill_s"] + result["decode_s"]
-    wall = ready + result["encode_s"]
+    scores, wall = summary(result), result["encode_s"] + result["prefill_s"] + result["decode_s"]
     if row in ("raw", "anchor", "adapter"):
         metrics.setdefault("embedding_baselines", {})[row] = {"metrics": {name: scores}, "wall_clock_sec": {name: wall}}
         if row == "raw":
@@ -84,9 +82,8 @@ def place_row(metrics, row, name, result):
     else:
         metrics[row] = {name: scores, "wall_clock_sec": wall}
         if row == "token_budget":
-            metrics[row].update(mode="content_only", k=metrics["latent_len"])
-        if row.startswith("latent"):
-            metrics[row]["wall_clock_ready_sec"] = ready
+            k = None if metrics["fingerprint"]["ratio"] else metrics["latent_len"]
+            metrics[row].update(mode="content_only", k=k)
 
 
 def table(metrics, name):
@@ -108,17 +105,12 @@ def table(metrics, name):
 
 def read_earlier(folder, fingerprint):
     """(metrics, records) of an earlier call into the same folder on the same data and LM, else empty ones."""
-    try:
-        with open(folder / "predictions.jsonl", encoding="utf-8") as f:
-            records = list(map(json.loads, f))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}, []
+    metrics, records = read_json(folder / "metrics.json"), read_lines(folder / "predictions.jsonl")
     theirs = metrics.get("fingerprint", {})
-    if other := [key for key in fingerprint if theirs.get(key) != fingerprint[key]]:
+    other = [key for key in fingerprint if theirs.get(key) != fingerprint[key]]
+    if metrics and other:
         log(f"notice: {folder / 'metrics.json'} is of another {', '.join(other)}; it is replaced")
-        return {}, []
-    return metrics, records
+    return ({}, []) if other or len(records) != metrics["samples"] else (metrics, records)
 
 
 def write_results(out, metrics, records, argv, row):
@@ -236,12 +228,12 @@ def provenance():
     return {"versions": {"python": platform.python_version(), **packages}, "git_commit": commit or None}
 
 
-def begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype):
-    """The fields of metrics.json that no row changes. made_by: see `provenance`."""
+def begin_metrics(metrics, args, fingerprint, prompt, items, saved):
+    """The fields of metrics.json that no row changes."""
     name = fingerprint["lm"]
     metrics.update({
-        "samples": len(items), "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype),
-        "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed, **made_by,
+        "samples": len(items), "dataset": args.data, "lm": name, "fingerprint": fingerprint, "seed": args.seed,
+        **{key: fingerprint[key] for key in ("max_new_tokens", "device", "dtype", "versions", "git_commit")},
         "avg_prompt_tokens": {name: float(np.mean([len(prompt.text(item)) for item in items]))},
         "debug": {name: {"latent_anchor_text": prompt.tokenizer.decode(prompt.anchor)},
                   "settings": {"latent_anchor_mode": "text", "latent_anchor_text": "Answer:", "prefix_gain": 1.0,
@@ -265,7 +257,6 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
                                   fingerprint["ratio"], args.max_new_tokens, args.batch, bar)
             place_row(metrics, row, name, result)
-            metrics.setdefault("argv", {})[row] = sys.argv[1:]
             if row == "latent":
                 describe_latents(metrics, name, result, items, wire)
                 for record, item in zip(records[:SHOWN], items):
@@ -334,13 +325,12 @@ def main():
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
-    made_by = provenance()
     fingerprint = {"lm": name, "lm_sha256": identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
                    "data": checksum(items), "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens,
                    "latents": M, "ratio": ratio, "predicted": bool(wire and wire.predictor is not None),
-                   "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype), **made_by}
+                   "max_new_tokens": args.max_new_tokens, "device": device.type, "dtype": str(dtype), **provenance()}
     metrics, records = read_earlier(out / "eval", fingerprint)
-    begin_metrics(metrics, args, fingerprint, made_by, prompt, items, saved, device, dtype)
+    begin_metrics(metrics, args, fingerprint, prompt, items, saved)
     records = records or [{"id": item.example.id, "prompt": tokenizer.decode(prompt.text(item)),
                            "golds": list(item.example.answers)}
                           for item in items]

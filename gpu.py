@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import Parser, UserError, log, read_lines, run_main, write_atomic
+from common import Parser, UserError, log, read_json, read_lines, run_main, write_atomic
 
 PARTS = ("facts", "checks", "train", "eval", "bench")
 SHARES = {"train": 0.4, "eval": 0.35, "bench": 0.2}  # of --minutes, at most
@@ -59,7 +59,7 @@ RECIPE = ["--preset", "squad", "--samples", "20000", "--epochs", "20", "--batch"
 
 
 def call(script, *flags, timeout, world=0):
-    """Run a script to its end and return its stderr's last lines. Raises UserError with the last line of one that
+    """Run a script to its end. Raises UserError with the last line of one that
     fails or takes longer than timeout seconds. world: processes of torchrun."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world else []
     here = str(Path(__file__).with_name(script))
@@ -73,7 +73,6 @@ def call(script, *flags, timeout, world=0):
         raise UserError(f"{script} was stopped after {timeout:.0f} s") from None
     if process.returncode:
         raise UserError((said.strip().splitlines() or [f"{script} ended with {process.returncode}"])[-1])
-    return said
 
 
 # ------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ def alike(args, left):
             here = str(Path(__file__).with_name("train.py"))
             first = subprocess.Popen([sys.executable, here, *map(str, flags)], stderr=subprocess.DEVNULL)
             logs = out / name / "logs" / "train_diagnostics.jsonl"
-            while first.poll() is None and len(read_lines(logs)) < 3:  # after some steps, however long they take
+            while first.poll() is None and len(read_lines(logs)) < 3 and left() > 0:  # after some steps
                 time.sleep(0.2)
             first.kill()
             first.wait()
@@ -234,7 +233,7 @@ def main(args):
         args.data = "synthetic"
     args.device = args.device or str(pick_device()[0])
     path, run = Path(args.out) / "gpu.json", {"eval": evaluate}
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path)
     for part in wanted:
         started = time.monotonic()
         end = began + 60 * args.minutes

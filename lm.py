@@ -19,19 +19,20 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from common import UserError, log
 from data import CACHE, LATENT, PAD, pad
@@ -57,6 +58,8 @@ def pick_device(name=None, dtype=None):
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s)")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # what is measured or waited for is the current one
     bf16 = name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)  # T4 and V100 emulate
     if dtype:
         return torch.device(name), getattr(torch, dtype), "asked for"
@@ -120,15 +123,13 @@ def load_lm(name, dtype=None, device=None, wired=False):
         raise UserError(f"--lm {name}: its tokenizer has no end token")
     lm.name = str(name)
     lm_identity(lm)
-    check_head(lm.requires_grad_(False).eval())
-    return lm, tokenizer
+    return lm.requires_grad_(False).eval(), tokenizer
 
 
 def join(device, minutes):
     """Join torchrun's other processes and return this process's device. minutes: how long one waits for another."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
     if device.type == "cuda":
-        device = torch.device("cuda", local)
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         wait = timedelta(minutes=minutes)
@@ -196,29 +197,22 @@ def _offline():
 
 def _why_not_loaded(name, error):
     text = str(error)
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    if "gated" in text.lower() or re.search("40[13] Client Error", text):
         return (f"--lm {name}: access is restricted or the name is wrong; accept its licence on its hub page, then "
                 "`hf auth login` or set HF_TOKEN")
     if "connect" in text.lower() or "offline" in text.lower() or "couldn't reach" in text.lower():
         return f"--lm {name}: not in the local cache and the hub cannot be reached; give a local folder or smollm2-135m"
-    if "not a valid model identifier" in text or "404" in text or "not a local folder" in text:
+    if "not a valid model identifier" in text or "404 Client Error" in text or "not a local folder" in text:
         return f"--lm {name}: neither a local folder nor a model of the hub"
     return f"--lm {name}: {(text.strip() or type(error).__name__).splitlines()[0]}"
 
 
 def write_tensors(path, tensors, about=None):
-    """Write {name: tensor} as safetensors, for all who may read the user's other files: safetensors 0.8 leaves it to
-    the user alone. about: metadata, of str."""
+    """Write {name: tensor} as safetensors. about: metadata, of str. Not by its save_file, whose files are for the user
+    alone and whose errors are no OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    try:
-        save_file(tensors, path, about or {"format": "pt"})
-    except SafetensorError as error:  # so it calls a full disk, too
-        raise OSError(error) from None
-    mask = os.umask(0)  # it can be read by setting it alone
-    os.umask(mask)
-    with contextlib.suppress(OSError):  # not all file systems have modes
-        path.chmod(0o666 & ~mask)
+    path.write_bytes(save(tensors, about or {"format": "pt"}))
 
 
 def _converted(gguf):
@@ -234,12 +228,8 @@ def _converted(gguf):
     try:
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        state = lm.state_dict()
-        if lm.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
         vars(lm.config).pop("quantization_config", None)
-        write_tensors(part / "model.safetensors", state)
-        for piece in (lm.config, lm.generation_config, tokenizer):
+        for piece in (lm, tokenizer):
             piece.save_pretrained(part)
         os.rename(part, folder)
     except Exception as error:  # the reader raises anything on a damaged file
@@ -279,30 +269,10 @@ def embed(lm, ids, prefix=None):
 
 
 def head(lm, hidden):
-    """Hidden states (..., d) -> logits (..., V), with what the LM's own forward does behind its output embeddings:
-    Granite divides, Cohere multiplies, Gemma 2 caps."""
-    logits, config = lm.get_output_embeddings()(hidden), lm.config
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if factor := getattr(config, "logit_scale", None):
-        logits = logits * factor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = cap * torch.tanh(logits / cap)
-    return logits
-
-
-@torch.no_grad()
-def check_head(lm):
-    """Raise UserError where `head` is not what the LM itself does behind its layers: HyperCLOVA X multiplies by what
-    Granite divides by, under the same name."""
-    ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
-    out = lm(input_ids=ids, output_hidden_states=True, use_cache=False)
-    own, ours = out.logits.float(), head(lm, out.hidden_states[-1]).float()
-    if not own.isfinite().all():
-        raise UserError(f"--lm {lm.name} gives no finite logits in {lm.dtype}")
-    if not (own - ours).norm() <= 0.01 * own.norm():
-        raise UserError(f"--lm {lm.name}: {type(lm).__name__} scales its logits in a way that is not known here; take "
-                        "one such as Llama, Qwen, Mistral or SmolLM")
+    """Hidden states (n, d) -> logits (n, V), by what the LM's own forward does behind its layers: Granite divides,
+    Cohere multiplies, Gemma 3 caps."""
+    with patch.object(lm.model, "forward", lambda **given: MoeModelOutputWithPast(last_hidden_state=hidden[None])):
+        return lm(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -325,9 +295,6 @@ class Tape(DynamicCache):
             keys, values = torch.cat([before[0].to(keys), keys], 2), torch.cat([before[1].to(values), values], 2)
         return keys, values
 
-    def get_seq_length(self, layer_idx=0):
-        return self.given[0][0].shape[2] if self.given else 0
-
 
 def window(lm):
     """How many tokens, itself the last, a token sees in the LM's layers with a window; None where there are none."""
@@ -343,13 +310,10 @@ def layer_kinds(lm):
 def masks(lm, allowed, query, key):
     """What a pass gets as attention mask: allowed (B, S, N) bool as (B, 1, S, N), cut to the LM's window in layers
     that have one. query (B, S), key (B, N): position ids, by which a window is measured."""
-    reach, kinds = window(lm), set(layer_kinds(lm))
-    if kinds == {"full_attention"} or not reach:
-        return allowed[:, None]
-    near = allowed & (query[:, :, None] - key[:, None, :] < reach)
-    if kinds == {"sliding_attention"}:
-        return near[:, None]
-    return {"full_attention": allowed[:, None], "sliding_attention": near[:, None]}
+    reach, kinds, made = window(lm), set(layer_kinds(lm)), {"full_attention": allowed[:, None]}
+    if reach:
+        made["sliding_attention"] = (allowed & (query[:, :, None] - key[:, None, :] < reach))[:, None]
+    return made if len(kinds) > 1 else made[kinds.pop()]
 
 
 def behind(lm, latents, query):
@@ -425,11 +389,6 @@ def turning_layers(lm):
 BLOCK = 256  # tokens that look at once in `importance`: its weights, unlike SDPA's, are held
 
 
-def norm_behind(layer):
-    """The norm between a layer's attention and the residual stream; None where there is none, as in Llama."""
-    return layer.post_attention_layernorm if hasattr(layer, "post_feedforward_layernorm") else None
-
-
 def _attend_and_note(module, query, key, value, attention_mask, scaling, noted, asking, norms, cached=None, **kwargs):
     """Attention that also appends to `noted` how much each place is needed, (B, key-value heads, N)."""
     if cached is not None:
@@ -468,7 +427,11 @@ def importance(lm, embeds, real, cached=None, asking=None, lora=None):
         seen = behind(lm, cached, position)
     mask = masks(lm, torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position, position)
     noted, asking, before = [], real if asking is None else asking, lm.config._attn_implementation
-    norms = [norm_behind(layer) for layer in lm.model.layers]
+    # A norm that stands between a layer's attention and the residual stream; in Llama there is none.
+    names = {"post_self_attn_layernorm": "post_self_attn_layernorm",  # GLM 4
+             "post_feedforward_layernorm": "post_attention_layernorm"}
+    norms = [next((getattr(layer, norm) for sign, norm in names.items() if hasattr(layer, sign)), None)
+             for layer in lm.model.layers]
     lm.config._attn_implementation = "noted"
     try:
         with use_lora(lm, lora):
@@ -596,7 +559,7 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
     done, tokens, first = torch.zeros(len(rows), 1, dtype=torch.bool, device=device), [], None
     chances, known = [], len(tokenizer)  # vocabularies are padded: behind it are ids that no text has
     while True:
-        chance, token = head(lm, hidden[:, -1:])[..., :known].float().softmax(-1).max(-1)  # (B, 1)
+        chance, token = head(lm, hidden[:, -1])[:, :known].float().softmax(-1).max(-1, keepdim=True)  # (B, 1)
         token = torch.where(done, tokenizer.eos_token_id, token)
         tokens.append(token)
         chances.append(chance)
@@ -657,21 +620,16 @@ def add_lora(lm, ranks, targets, wanted=lambda name, layer, target: True):
     up, down; wanted(set, layer number, target) says which sets a place gets. Raises UserError for a target that the
     LM does not have."""
     names = {f"{name}_proj": name for name in targets.split(",") if name}
-    lm.lora_set, found, linear = SimpleNamespace(name=None), set(), set()
-    for number, layer in enumerate(lm.model.layers):
-        for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if not isinstance(child, nn.Linear):
-                    continue
-                linear.add(name)
-                here = {s: rank for s, rank in ranks.items() if rank and wanted(s, number, names.get(name))}
-                if name in names:
-                    found.add(name)
-                    if here:
-                        setattr(parent, name, LoRALinear(child, here, lm.lora_set))
-    if missing := names.keys() - found:
-        there = ",".join(sorted(name.removesuffix("_proj") for name in linear))
+    linear = [(number, parent, name, child) for number, layer in enumerate(lm.model.layers)
+              for parent in layer.modules() for name, child in parent.named_children() if isinstance(child, nn.Linear)]
+    if missing := names.keys() - (found := {name for _, _, name, _ in linear}):
+        there = ",".join(sorted(name.removesuffix("_proj") for name in found))
         raise UserError(f"--lora_targets {targets}: this LM has no {', '.join(sorted(missing))}; there are {there}")
+    lm.lora_set = SimpleNamespace(name=None)
+    for number, parent, name, child in linear:
+        here = {s: rank for s, rank in ranks.items() if rank and wanted(s, number, names.get(name))}
+        if name in names and here:
+            setattr(parent, name, LoRALinear(child, here, lm.lora_set))
 
 
 @contextlib.contextmanager

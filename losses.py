@@ -14,7 +14,6 @@ question has nothing to compare and would only be blurred: it gets none.
 
 Shapes: A answer tokens of Q questions; V the vocabulary.
 """
-import torch
 import torch.nn.functional as F
 
 PARTS = ("tf", "first", "kce", "kd", "entropy")  # each has a weight: a flag of train.py
@@ -23,9 +22,7 @@ PARTS = ("tf", "first", "kce", "kd", "entropy")  # each has a weight: a flag of 
 def per_question_mean(values, owner, size):
     """Mean over questions of the mean over each one's tokens. values (A,), owner (A,) in 0..size-1 -> scalar.
     A question without a token counts as 0."""
-    total = values.new_zeros(size).index_add(0, owner, values)
-    count = values.new_zeros(size).index_add(0, owner, torch.ones_like(values))
-    return (total / count.clamp(min=1)).mean()
+    return values.new_zeros(size).scatter_reduce(0, owner, values, "mean", include_self=False).mean()
 
 
 def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
@@ -35,8 +32,7 @@ def wire_loss(logits, batch, weights, K=4, temperature=1.0, teacher=None):
     weights = {name: weight for name, weight in weights.items() if weight}
     parts, size = {}, batch.size
     logits, owner, early = logits.float(), batch.owner, batch.step < K
-    if {"tf", "kce", "first"} & weights.keys():
-        ce = F.cross_entropy(logits, batch.label, reduction="none")  # (A,)
+    ce = F.cross_entropy(logits, batch.label, reduction="none")  # (A,)
     if "tf" in weights:
         parts["tf"] = per_question_mean(ce, owner, size)
     if "kce" in weights:

@@ -259,7 +259,6 @@ class LatentWire(nn.Module):
         last, d = lm.config.num_hidden_layers - 1, lm.config.hidden_size
         check_length(lm, config.max_prompt_tokens)
         lm_identity(lm)  # before there is LoRA in it
-        device = lm.get_input_embeddings().weight.device
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
         used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last
                                             or target in ("k", "v"))
@@ -270,11 +269,16 @@ class LatentWire(nn.Module):
         ranks = {"reader": config.lora_rank} | ({"encoder": config.encoder_rank} if config.wire != "tokens" else {})
         add_lora(lm, ranks, config.lora_targets, used)
         self.register_buffer("predictor", None)  # (L, heads, F), once it is fitted
-        self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0], device=device))
+        self.register_buffer("rarity", torch.zeros(lm.get_input_embeddings().weight.shape[0], device=lm.device))
         if config.wire == "embeds":
             with torch.no_grad():  # of what the module returns: Gemma scales in it
-                some = embed(lm, torch.arange(min(4096, lm.config.vocab_size), device=device))
-            self.adapter = Adapter(d, some.float().pow(2).mean().sqrt().item()).to(device)
+                some = embed(lm, torch.arange(min(4096, lm.config.vocab_size), device=lm.device))
+            self.adapter = Adapter(d, some.float().pow(2).mean().sqrt().item()).to(lm.device)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.lm.eval()  # it is frozen: no dropout of its own
+        return self
 
     def trainable(self):
         """{name: parameter} of what is trained."""
@@ -298,11 +302,10 @@ class LatentWire(nn.Module):
         for text in texts:
             text = text[:reach // 2] if reach else text  # so that all of it is seen when it is read again
             source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
-            _, _, keys, values = self.read(source)
-            text_read = every_place(source.ids != PAD, keys, values)
+            *_, text_read = self.read(source)
             need = torch.stack(self.needed(source, text_read))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
             cut = need.flatten().float().quantile(0.8) - BELOW
-            seen = torch.stack(list(traits(self.lm, keys, values)))[:, 0, H:]
+            seen = torch.stack(list(traits(self.lm, text_read.keys, text_read.values)))[:, 0, H:]
             if seen.shape[-1] > MOST:
                 return
             device = "cpu" if seen.device.type == "mps" else seen.device  # which has no float64
@@ -357,39 +360,33 @@ class LatentWire(nn.Module):
 
     def text_batch(self, rows):
         """The Batch of the same questions behind their whole context as text."""
-        before = np.concatenate([self.prompt.pre, self.prompt.head])
-        return pack([(np.concatenate([before, row[0].context]),
+        return pack([(np.concatenate([self.layout.before, row[0].context]),
                       [(self.prompt.after(item), item.answer) for item in row]) for row in rows])
 
     # -- passes
 
     def read(self, source, lora="encoder"):
         """The encoder's pass, or the same with another LoRA set on: what it reads and what becomes of it, (B, W, d)
-        each, and its keys and values, a list of a tensor (B, heads, W, d_head) a layer."""
-        lm, W = self.lm, source.ids.shape[1]
-        embeds, tape, mask = embed(lm, source.ids), Tape(), None
-        position = torch.arange(W, device=embeds.device).expand(len(embeds), -1)
-        if window(lm):
-            causal = torch.ones(W, W, dtype=torch.bool, device=embeds.device).tril().expand(len(embeds), -1, -1)
-            mask = masks(lm, causal, position, position)
+        each, and the Latents of all its places, as it left them."""
+        lm, real, tape = self.lm, source.ids != PAD, Tape()
+        embeds, position = embed(lm, source.ids), torch.arange(real.shape[1], device=real.device).expand(real.shape)
         with use_lora(lm, lora):  # padding is on the right, where nothing sees it: plain causal attention does
-            hidden = lm.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, past_key_values=tape,
+            hidden = lm.model(inputs_embeds=embeds, position_ids=position, past_key_values=tape,
                               use_cache=True).last_hidden_state
-        return embeds, hidden, *map(list, zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers))))
+        keys, values = map(list, zip(*(tape.caught[layer] for layer in range(lm.config.num_hidden_layers))))
+        held, kept = ([side[:, None]] * len(keys) for side in (real, position))
+        return embeds, hidden, Latents(real.sum(1), held, kept, keys, values, width=real.shape[1])
 
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
         the others). The LM reads before and text with the encoder's LoRA (`read`); how much each token is needed, it
         reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many, and no
         others are there."""
-        layout, real, H = self.layout, source.ids != PAD, len(self.layout.before)
-        embeds, hidden, keys, values = self.read(source)
-        text, count = every_place(real, keys, values), source.length - H
-        need, held = self.needed(source, text) if layout.late or not source.whole else None, text.held
-        if not source.whole:
-            if source.asks is not None:
-                need = for_question(need, self.looked_at(text, source.asks), text.kept)
-            held = best(need, held, H, count, each)
+        H, (embeds, hidden, text) = len(self.layout.before), self.read(source)
+        need = self.needed(source, text)
+        if source.asks is not None:
+            need = for_question(need, self.looked_at(text, source.asks), text.kept)
+        held = best(need, text.held, H, source.length - H, each)
         if self.config.wire == "embeds":
             kept = ascending(held[0])[..., :source.most]
             base, hidden = (y.take_along_dim(kept[:, 0, H:, None], 1).float() for y in (embeds, hidden))
@@ -397,8 +394,8 @@ class LatentWire(nn.Module):
             prefix = self.adapter(hidden, base)
             return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
-        keys = turn(self.lm, keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
-        latents = replace(text, length=source.length, held=held, keys=keys, need=need if layout.late else None,
+        keys = turn(self.lm, text.keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
+        latents = replace(text, length=source.length, held=held, keys=keys, need=need if self.layout.late else None,
                           ids=source.ids)
         return latents.packed([source.most] * len(keys)) if each else latents
 
@@ -474,7 +471,7 @@ class LatentWire(nn.Module):
         embeds, S = embed(lm, ids, None if latents is None else latents.prefix), ids.shape[1]
         alone, position = batch.size == len(ids), batch.position
         mask, tape, cached = None, None, None
-        if latents is None and alone and not window(lm):
+        if latents is None and alone:
             # one segment a row and padding on the right: causal, so no mask, and the flash kernel applies
             position = torch.arange(S, device=ids.device)[None]
         else:
@@ -501,13 +498,6 @@ class LatentWire(nn.Module):
         return total, {name: part.detach() for name, part in parts.items()}, logits.detach()
 
     forward = loss  # what DDP calls
-
-
-def every_place(real, keys, values):
-    """The Latents of all places of an encoder's pass, as it left them. real (B, W): which are no padding."""
-    B, W = real.shape
-    place = torch.arange(W, device=real.device).expand(B, 1, -1)
-    return Latents(real.sum(1), [real[:, None]] * len(keys), [place] * len(keys), keys, values, width=W)
 
 
 def budget(length, M, ratio=None):

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
-from common import Parser, UserError, check_own, find_row, log, read_lines, run_main, write_atomic
+from common import Parser, UserError, check_own, find_row, log, read_json, read_lines, run_main, write_atomic
 
 
 def parse_args(argv=None):
@@ -47,14 +47,6 @@ KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers w
 
 # ------------------------------------------------------------------------------------------------
 # A run and what its figures say
-
-def read_json(path):
-    """What a file holds, or {} where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); write it again or remove it") from None
-
 
 class Run:
     """A run's files, read once. Anything may be missing."""
@@ -108,16 +100,8 @@ def paired(run, row, first, first_row):
 
 def score_table(run):
     """(head, rows) of a table: the scores of every row, the one that the wire is trained for in bold."""
-    reference, rows = run.rows.get("text", (None,))[0], []
-    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    for key, (s, wall) in run.rows.items():
-        row, _, at = key.partition("@")
-        name = ROWS[row].heading.strip("*") + (f", M = {at}" if at.isdigit() else f", {at}" if at else "")
-        gap = "Reference" if key == "text" else f"{100 * (s['f1'] - reference['f1']):+.1f}%" if reference else "-"
-        f1, em = (percent(s[score], s.get(f"{score}_ci95")) for score in ("f1", "em"))
-        rows.append([f"**{name}**" if key == run.own else name, f1, em, gap, number(s.get("nll_token"), 2),
-                     number(s.get("tokens_read"), 0), number(wall, 1)])
-    return ["Mode", "F1 Score", "EM Score", "vs Text Baseline", "NLL / token", "Tokens read", "Seconds"], rows
+    head = ["Mode", "F1", "EM", "vs text", "NLL/token", "First token", "Tokens read", "Seconds"]
+    return head, [[*map(cells(run, row).get, head)] for row in run.rows]
 
 
 def short(name):
@@ -125,21 +109,25 @@ def short(name):
     return re.sub(r"^[\d-]+_(smollm2_squad_)?", "", name)
 
 
-def cells(run, row, first):
+def cells(run, row, first=None):
     """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
     if row not in run.rows:
         raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
-    s, about = run.rows[row][0], ROWS[split_row(row)[0]]
+    (s, wall), about, text = run.rows[row], ROWS[split_row(row)[0]], run.rows.get("text")
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     start = [part for part in Path(run.config.get("start", "")).parts if part not in ("ckpt", "best", "last")]
     after = f" after {short(start[-1])}'s" if start else ""
+    name = about.heading.strip("*") + (f", M = {at}" if at.isdigit() else f", {at}" if at else "")
     return {
+        "Mode": f"**{name}**" if row == run.own else name,
+        "vs text": "Reference" if row == "text" else f"{100 * (s['f1'] - text[0]['f1']):+.1f}%" if text else "-",
+        "Seconds": "-" if wall is None else f"{wall:.1f}",
         "Run": short(run.name) if about.lora else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
         "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
-        "F1 - first row": paired(run, row, *first), "EM": percent(s["em"], s.get("em_ci95")),
+        "F1 - first row": paired(run, row, *first) if first else "-", "EM": percent(s["em"], s.get("em_ci95")),
         "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
         "Tokens read": number("tokens_read", "{:.0f}"), "Commit": (run.metrics.get("git_commit") or "-")[:7]}
 
@@ -452,6 +440,7 @@ def main(args):
         kept = preserve(run, args.preserve, args.name or run.name, args.scores)
         written = {kept / "README.md": markdown(Run(kept)), kept.parent / "README.md": index(kept.parent)}
     else:
+        check_own(run.folder / "README.md", "# Experiment: ", "move it away")
         written = {run.folder / "README.md": markdown(run), run.folder / "report.html": page(runs)}
     for path, text in written.items():
         write_atomic(path, text)

@@ -5,8 +5,8 @@ Write the tables of README.md and RESULTS.md from the files of preserved runs, s
 
 Where a text says <!-- runs: latent@NAME truncated_lora@OTHER --> ... <!-- end -->, what stands between the two becomes
 the commands of those runs of preserved_data and a table of those rows; `table:` in place of `runs:` leaves out the
-commands and some columns, `bars:` draws their F1, `kinds:` tells it by kind of answer. Differences are to the first
-row, question by question.
+commands and some columns, `sizes:` has a line for each run and a column for each M, `bars:` draws their F1, `kinds:`
+tells it by kind of answer. Differences are to the first row, question by question.
 """
 import re
 from dataclasses import asdict
@@ -33,6 +33,7 @@ from train import PRESETS, Config
 RUNS = Path(__file__).parent / "preserved_data"
 # Flags that were null and are gone, as a run that did not use them has them.
 GONE = {"ramp": 0.0, "continuations": 0, "more": 0.3}
+SIZES = (4, 8, 16, 32, 64, 128)
 SHORT = ["Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read"]
 
 
@@ -49,8 +50,10 @@ def train_command(config):
 
 
 def eval_command(run, rows):
-    m, usual = run.metrics, {"latents": max(budgets(SimpleNamespace(**run.config))), "max_new_tokens": 24}
-    given = m["fingerprint"]
+    config = SimpleNamespace(**run.config)
+    m, usual = run.metrics, {"latents": max(budgets(config)), "prompt": config.prompt, "max_new_tokens": 24, "seed": 0,
+                             "ratio": config.ratio or (1.0 if config.scope == "asked" else None)}
+    given = m["fingerprint"] | {"seed": m["seed"]}
     changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
     if run.config["wire"] == "kv" and given.get("predicted") is False:
         changed.append(" --read_again")
@@ -89,6 +92,17 @@ def by_kind(pairs):
     return markdown_table(["Run", "Row", *kinds], rows)
 
 
+def by_size(found):
+    """The lines of a table: of the cells of rows at several M a line for each run, F1 and NLL per token at each M."""
+    about, lines = ("Run", "Row", "Questions trained on", "n"), {}
+    for row in found:
+        name, _, M = row["Row"].partition("@")
+        key = tuple((row | {"Row": name})[column] for column in about)
+        lines.setdefault(key, {})[int(M)] = f"{row['F1']}, {row['NLL/token']}"
+    return markdown_table([*about, *(f"{M}: F1, NLL" for M in SIZES)],
+                          [[*key, *(line.get(M, "-") for M in SIZES)] for key, line in lines.items()])
+
+
 def block(kind, names):
     """What stands between two marks: names, a list of ROW@RUN."""
     pairs = [name.rpartition("@")[::2] for name in names]
@@ -97,13 +111,17 @@ def block(kind, names):
     if kind == "bars":
         return "\n".join(["```", *(bar(Run(RUNS / name), row) for row, name in pairs), "```"])
     runs = {name: Run(RUNS / name) for _, name in pairs}
+    if kind == "sizes":
+        pairs = [(f"{row}@{M}", name) for row, name in pairs for M in SIZES if f"{row}@{M}" in runs[name].rows]
     columns, commands = SHORT if kind == "table" else COLUMNS, []
     first = runs[pairs[0][1]], pairs[0][0]
     found = [cells(runs[name], row, first) for row, name in pairs]
-    if kind == "runs":
+    if kind in ("runs", "sizes"):
         of = lambda name: [row for row, theirs in pairs if theirs == name]
         lines = [[train_command(run.config), eval_command(run, of(name))] for name, run in runs.items()]
         commands = ["```", *dict.fromkeys(sum(lines, [])), "```", ""]
+    if kind == "sizes":
+        return "\n".join([*commands, *by_size(found)])
     if kind == "table":  # is read in two minutes
         found = [row | {"EM": row["EM"].split(" ")[0]} for row in found]
     return "\n".join([*commands, *markdown_table(columns, [[row[c] for c in columns] for row in found])])
@@ -111,7 +129,7 @@ def block(kind, names):
 
 def renewed(text):
     """The text with every marked table written anew."""
-    kind = "runs|table|bars|kinds"
+    kind = "runs|table|sizes|bars|kinds"
     return re.sub(rf"(<!-- ({kind}): ([^\n]*?) -->\n)(?:(?!<!-- (?:{kind}):).)*?(<!-- end -->)",
                   lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
 

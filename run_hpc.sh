@@ -25,11 +25,12 @@
 set -euo pipefail
 
 if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
-  sed -n '/^# One script/,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+  sed -n '/^# One script/,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
   exit 0
 fi
 # sbatch runs a copy of this script from its spool folder; the checkout is where it was submitted.
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}"
+cd "$(dirname "$0")"
+[[ -f run_hpc.sh ]] || cd "$SLURM_SUBMIT_DIR"
 
 # .venv from the pinned requirements; nothing is installed again while they stay the same.
 setup() {
@@ -136,18 +137,8 @@ gpu)
 "" | -*)
   # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
   [[ -x "$python" ]] || python=python3
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-  preset=default out=
-  args=("$@")
-  for ((i = 0; i < ${#args[@]}; i++)); do
-    case "${args[i]}" in
-    --preset) preset=${args[i + 1]} ;;
-    --preset=*) preset=${args[i]#--preset=} ;;
-    --out) out=${args[i + 1]} ;;
-    --out=*) out=${args[i]#--out=} ;;
-    esac
-  done
-  out=${out:-runs/$preset}
+  read -r gpus preset out < <("$python" -c 'import torch, common, train
+common.run_main(lambda: print(torch.cuda.device_count(), (c := train.parse_config()).preset, c.out))' "$@")
   if [[ "$gpus" -eq 0 ]]; then  # the presets for SmolLM2 run without one
     [[ "$preset" == demo || "$preset" == squad ]] || { echo "error: no GPU is visible; on a machine without one: bash run_hpc.sh demo" >&2; exit 2; }
     gpus=1
@@ -168,7 +159,7 @@ gpu)
   data=$(unseen "$out")
   evaluate=("$python") shard=()
   [[ " $* " == *" --shard "* ]] && evaluate=("${launch[@]}") && shard=(--shard)
-  "${evaluate[@]}" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out" "${shard[@]}" &
+  "${evaluate[@]}" eval.py --mode all --data "$data" --ckpt "$out/ckpt/best" --out "$out" ${shard[@]+"${shard[@]}"} &
   child=$!
   wait $child
   ;;

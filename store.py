@@ -65,10 +65,9 @@ def dequantise(values, scales):
     return (values.float().unflatten(-1, (scales.shape[-1], -1)) * scales.float()[..., None]).flatten(-2)
 
 
-def payload_bytes(values, kind, width):
-    """Bytes of so many values, in vectors of that width: for integers, their float16 scales too."""
-    scales = values // group_size(width) if kind in ("int8", "int4") else 0
-    return (values * FORMATS[kind] + scales * SCALE_BITS) // 8
+def as_half(need):
+    """float16, of which none is infinite: times a look of 0 that would be no number."""
+    return need.clamp(max=65504).half()
 
 
 def through(latents, kind):
@@ -78,7 +77,7 @@ def through(latents, kind):
     arrive = lambda x: dequantise(*quantise(x, kind)).to(x.dtype)
     keys, values = ([arrive(x) for x in part] if part else None for part in (latents.keys, latents.values))
     return replace(latents, keys=keys, values=values, prefix=arrive(latents.prefix) if keys is None else None,
-                   need=latents.need and [x.half().float() for x in latents.need])
+                   need=latents.need and [as_half(x).float() for x in latents.need])
 
 
 def vector_width(lm, wire):
@@ -96,11 +95,13 @@ def place_values(lm, wire):
 
 
 def stored_bytes(lm, config, places, kind):
-    """Bytes of so many cached places as latents of a wire of that WireConfig: in scope asked with how much each head
-    needs each and which token's it is, by which a question chooses."""
+    """Bytes of so many cached places as latents of a wire of that WireConfig, integers with their scales; in scope
+    asked with how much each head needs each and which token's it is, by which a question chooses."""
+    values, width = places * place_values(lm, config.wire), vector_width(lm, config.wire)
+    scales = values // group_size(width) if kind in ("int8", "int4") else 0
     heads = lm.config.num_hidden_layers * lm.config.num_key_value_heads
     need = heads * (8 if kind == "fp32" else 6) if config.scope == "asked" else 0
-    return payload_bytes(places * place_values(lm, config.wire), kind, vector_width(lm, config.wire)) + places * need
+    return (values * FORMATS[kind] + scales * SCALE_BITS) // 8 + places * need
 
 
 # ------------------------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ def encode(wire, text, count, each=False):
         kept = [torch.where(kept < len(before), kept, kept + gap) for kept in part.kept]
         parts.append(replace(part, kept=kept, width=part.width + gap, ids=None))
         upto = end
-    latents = join(wire, parts).packed() if len(parts) > 1 else parts[0]
+    latents = join(wire, parts).packed()
     ids = torch.from_numpy(np.concatenate([before, text]))[None].long().to(wire.lm.device)
     return replace(latents, width=ids.shape[1], ids=ids)
 
@@ -144,8 +145,6 @@ def encode(wire, text, count, each=False):
 def join(wire, parts):
     """One Latents of several (B = 1 each), one text behind the other: what is before them is kept of the first alone,
     and keys are turned to their new positions. Not packed: which places are whose, their widths tell."""
-    if len(parts) == 1:
-        return parts[0]
     H, at, turned = len(wire.layout.before), 0, []
     begins = [0, *itertools.accumulate(part.width - H for part in parts)]
     parts = [replace(part, kept=[kept + begin for kept in part.kept])
@@ -202,7 +201,7 @@ def save_document(path, document, kind, saved, identity, source):
                                         for y, there in zip(sides, held)])
         parts = {"keys": flat(latents.keys), "values": flat(latents.values)}
         if latents.need:
-            tensors["need"] = flat(latents.need).to("cpu", torch.float32 if kind == "fp32" else torch.float16)
+            tensors["need"] = flat(latents.need).to("cpu") if kind == "fp32" else as_half(flat(latents.need)).cpu()
             tensors |= {"kept": flat(latents.kept).to("cpu", torch.int32), "ids": latents.ids[0].to("cpu", torch.int32)}
     for name, x in parts.items():
         codes, scales = quantise(x.cpu(), kind)
@@ -395,11 +394,8 @@ def load_trained(wire, folder):
         weights = load_file(Path(folder) / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
-    wire.predictor = None
-    if "predictor" in weights:
-        layers, heads = wire.lm.config.num_hidden_layers, wire.lm.config.num_key_value_heads
-        width = heads * (2 * vector_width(wire.lm, "kv") + 1) + 1
-        wire.predictor = torch.zeros(layers, heads, width, device=wire.lm.device)
+    fitted = weights.get("predictor")
+    wire.predictor = None if fitted is None else torch.zeros(fitted.shape, device=wire.lm.device)
     wanted = wire.kept()
     for name in wanted.keys() | weights.keys():
         have, want = (tuple(side[name].shape) if name in side else None for side in (weights, wanted))

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_lines, run_main,
-                    same_file, write_atomic)
+from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_json, read_lines,
+                    run_main, write_atomic)
 from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
 from lm import LoRALinear, autocast, checkpoint_layers, join, load_lm, pick_device, shard
 from losses import PARTS
@@ -89,8 +89,8 @@ class Config(WireConfig):
     save_every: int = option(50, "steps between writes of ckpt/last")
     timeout: float = option(15.0, "minutes that a process waits for another before it gives up")
     device: str = option("", "cuda or cpu (default: a GPU where there is one)")
-    dtype: str = option("", "float32 or bfloat16, of the frozen LM and what passes through it (default: bfloat16 on a GPU "
-                            "that has it, else float32; CPUs with AVX512-BF16 or AMX are faster in bfloat16)")
+    dtype: str = option("", "float32 or bfloat16, of the frozen LM and what passes through it (default: bfloat16 on a "
+                            "GPU that has it, else float32; CPUs with AVX512-BF16 or AMX are faster in bfloat16)")
 
 
 # The recipe is the same everywhere: presets differ in LM, data and length.
@@ -110,20 +110,18 @@ TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "e
 
 
 def parse_config(argv=None):
-    first = Parser("")  # the other flags' defaults hang on the preset
-    first.add_argument("--preset", default="default")
     argv = sys.argv[1:] if argv is None else argv
-    preset = first.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].preset
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     p = Parser(__doc__)
     p.usage = "%(prog)s [flags]"  # there are forty
     for f in fields(Config):
         if f.name in TOPICS:
             add = p.add_argument_group(TOPICS[f.name]).add_argument
-        default = PRESETS[preset].get(f.name, f.default)
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": default}
-        add(f"--{f.name}", help=f"{f.metadata['help']} (default {default})", **kind)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "default": f.default}
+        add(f"--{f.name}", help=f"{f.metadata['help']} (default %(default)s)", **kind)
+    preset = p.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])[0].preset
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
+    p.set_defaults(**PRESETS[preset])
     config = Config(**vars(p.parse_args(argv)))
     check_counts(config, "samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K")
     if config.epochs < (0 if config.start else 1):
@@ -140,7 +138,8 @@ def parse_config(argv=None):
     if config.warmup > 1:
         raise UserError(f"--warmup {config.warmup} must be at most 1: it is a share of the run")
     check_config(config)
-    if config.eval_data and same_file(config.eval_data, config.data) and config.data not in ("squad", "synthetic"):
+    if config.eval_data not in ("", "squad", "synthetic") and (
+            Path(config.eval_data).resolve() == Path(config.data).resolve()):
         raise UserError(f"--eval_data {config.eval_data} is --data itself; leave it out, and articles are held out")
     if not config.tf and not config.first and not config.kce and not config.kd:
         raise UserError("every loss weight is 0: give --tf 1")
@@ -227,15 +226,14 @@ def settle(window, tokenizer):
     """What `train_step` left on the device as [(questions, {name: number}, histogram of the first tokens), ...]: all in
     one transfer, for each one waits until a GPU has done all that it was told."""
     numbers = iter(torch.stack([value for _, shown, _ in window for value in shown.values()]).tolist())
-    ids = iter(torch.cat([winners for *_, winners in window]).tolist())
-    string = lambda number: tokenizer.convert_tokens_to_string([tokenizer.convert_ids_to_tokens(number)])
-    return [(size, {name: next(numbers) for name in shown}, Counter(string(next(ids)) for _ in range(size)))
+    words = iter(tokenizer.batch_decode(torch.cat([winners for *_, winners in window])[:, None].tolist()))
+    return [(size, {name: next(numbers) for name in shown}, Counter(next(words) for _ in range(size)))
             for size, shown, _ in window]
 
 
-def memory():
+def memory(device):
     """Memory by GPU as the preserved run logs it, or this process's peak on the host."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         if resource is None:
             return {}
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
@@ -246,23 +244,6 @@ def memory():
         "id": index, "allocated_gb": gb(torch.cuda.memory_allocated()), "reserved_gb": gb(torch.cuda.memory_reserved()),
         "free_gb": gb(free), "total_gb": gb(total), "utilization_pct": round(100 * (1 - free / total), 1)}],
         "peak_allocated_gb": gb(torch.cuda.max_memory_allocated())}}
-
-
-def diagnostics(window, config, name):
-    """One record of the steps since the last, from the settled window of all processes."""
-    n = sum(size for size, *_ in window)
-    mean = lambda key: sum(size * shown.get(key, 0.0) for size, shown, _ in window) / n
-    histogram = sum((words for *_, words in window), Counter())
-    return {
-        "mode": "latent", "K": config.K, "first_weight": config.first,
-        "prediction_diversity": len(histogram) / n, "dominant_predictions": histogram.most_common(5),
-        "models": {name: {
-            "mode": "latent", **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
-            "first_acc": mean("hit"), "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
-            "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
-                                        "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
-            "prediction_histogram": dict(histogram.most_common(20))}},
-    }
 
 
 def keep_steps(path, step):
@@ -309,10 +290,8 @@ def optimizer_tensors(optimizer, wire):
 
 def restore_optimizer(optimizer, wire, tensors):
     for name, p in wire.trainable().items():
-        state = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                 if f"{name}.{key}" in tensors}
-        if state:
-            optimizer.state[p] = {key: t.to(p.device) if key != "step" or p.is_cuda else t for key, t in state.items()}
+        optimizer.state[p] = {key: tensors[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                              if f"{name}.{key}" in tensors}
 
 
 def main():
@@ -359,7 +338,7 @@ def check_resume(config, saved, lm, path):
         if f.name != "lm" and str(mine) != str(theirs):
             raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
                             "as it was, or give another --out")
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = read_json(path)
     for name, value in asdict(config).items():
         if name in before and before[name] != value and name not in ("resume", "device", "lm"):
             log(f"notice: --{name} was {before[name]}, goes on as {value}")
@@ -370,34 +349,21 @@ class Plan:
     and processes that take every n-th micro-batch of a step read together the same, however many there are."""
 
     def __init__(self, config, items, micro):
-        self.config, self.micro, self.epochs = config, micro, {}
-        self.groups, self.lengths = group_by_context(items), [len(item.context) for item in items]
+        self.config, self.micro, self.groups = config, micro, group_by_context(items)
+        lengths = [len(item.context) for item in items]
         alone = config.scope == "prompt" or config.wire == "tokens" and config.keep == "matched"  # a row a question
-        self.per_row = 1 if alone else min(config.pack, micro)
-        self.begins = [0]  # how many steps come before each epoch, and before the run's end
-        for epoch in range(config.epochs):
-            self.begins.append(self.begins[-1] + len(self._epoch(epoch)))
-
-    def _epoch(self, epoch):
-        if epoch not in self.epochs:
-            self.epochs = {epoch: epoch_plan(self.groups, self.lengths, self.config.batch, self.micro,
-                                             self.config.seed, epoch, self.per_row)}
-        return self.epochs[epoch]
+        per_row = 1 if alone else min(config.pack, micro)
+        self.steps = [(epoch, *numbered) for epoch in range(config.epochs) for numbered in enumerate(
+            epoch_plan(self.groups, lengths, config.batch, micro, config.seed, epoch, per_row))]
 
     def __len__(self):
-        return self.begins[-1]
-
-    def where(self, n):
-        """(epoch, step within it) of step n."""
-        epoch = next(epoch for epoch, end in enumerate(self.begins[1:]) if n < end)
-        return epoch, n - self.begins[epoch]
+        return len(self.steps)
 
     def __getitem__(self, n):
         """The micro-batches of step n: [(rows of item numbers, M), ...]."""
-        epoch, step = self.where(n)
         sizes = [None] if self.config.ratio and self.config.scope != "asked" else budgets(self.config)
-        return [(rows, random.Random(f"{self.config.seed} {n} {i}").choice(sizes))
-                for i, rows in enumerate(self._epoch(epoch)[step])]
+        epoch, step, micros = self.steps[n]
+        return [(rows, random.Random(f"{self.config.seed} {n} {i}").choice(sizes)) for i, rows in enumerate(micros)]
 
 
 @dataclass
@@ -417,11 +383,10 @@ class State:
 class Run:
     """All that the steps of a run need."""
     config: Config
+    out: Path
     rank: int
     world: int
     device: object
-    lm: object
-    tokenizer: object
     wire: LatentWire
     model: object             # the wire, in DDP where there are several processes
     optimizer: object
@@ -434,27 +399,19 @@ class Run:
     stopping: list            # signals received
     rescued: bool = False     # whether a checkpoint was written in the middle of a step
 
-    @property
-    def master(self):
-        return self.rank == 0
-
-    @property
-    def out(self):
-        return Path(self.config.out)
-
     def note(self, text):
         """To the terminal and to training.log, from the first process."""
-        if self.master:
+        if first_process():
             self.bar.write(text, file=sys.stderr)
-            self.keep("training.log", append_line, self.out / "logs" / "training.log", text)
+            self.keep(append_line, self.out / "logs" / "training.log", text)
 
-    def keep(self, what, write, *given):
-        """Write something; a full disk or a read-only folder must not end the training. True if it is written."""
+    def keep(self, write, path, *given):
+        """Write a file or folder; a full disk or a read-only one must not end the training. True if it is written."""
         try:
-            write(*given)
+            write(path, *given)
             return True
         except OSError as error:
-            self.bar.write(f"warning: {what} not written, training goes on: {error}", file=sys.stderr)
+            self.bar.write(f"warning: {path} not written, training goes on: {error}", file=sys.stderr)
             return False
 
 
@@ -519,9 +476,8 @@ def set_up(config, rank, world, device, dtype, why, stack):
     if world > 1:  # the frozen LM is the same everywhere: neither broadcast nor reduced
         DDP._set_params_and_buffers_to_ignore_for_model(
             wire, [n for n, p in wire.named_parameters() if not p.requires_grad] + [n for n, _ in wire.named_buffers()])
-        index = [device.index] if device.type == "cuda" else None
-        model = DDP(wire, device_ids=index, broadcast_buffers=False)
-    run = Run(config, rank, world, device, lm, tokenizer, wire, model, optimizer, items, dev, plan, state, bar,
+        model = DDP(wire, broadcast_buffers=False)
+    run = Run(config, Path(config.out), rank, world, device, wire, model, optimizer, items, dev, plan, state, bar,
               Path(lm.name).name, [])
     introduce(run, dtype, why)
     return run
@@ -531,7 +487,7 @@ def introduce(run, dtype, why):
     """The first lines of a run's log: what trains on what, and how the work is split."""
     config, plan = run.config, run.plan
     count = lambda wanted: sum(p.numel() for p in run.wire.parameters() if p.requires_grad == wanted)
-    run.note(f"{run.name} on {run.device} in {dtype} ({why}), attention {run.lm.config._attn_implementation}, "
+    run.note(f"{run.name} on {run.device} in {dtype} ({why}), attention {run.wire.lm.config._attn_implementation}, "
              f"{run.world} process(es)")
     run.note(f"wire {config.wire}, scope {config.scope}; trainable {count(True):,}, frozen {count(False):,}")
     run.note(f"{len(run.items)} questions on {len(plan.groups)} contexts, {len(run.dev)} dev; {len(plan)} steps of "
@@ -553,10 +509,8 @@ def restore(config, wire, optimizer, data):
 
 
 def begin_files(config, step):
-    """The run's folders and config.json; logs lose what is past the step, which will be written again."""
+    """The run's config.json; logs lose what is past the step, which will be written again."""
     out = Path(config.out)
-    for folder in ("logs", "eval"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
     write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     for path in (out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"):
         keep_steps(path, step)
@@ -568,11 +522,9 @@ def make_batch(run, rows, M):
     rows, kept = [[run.items[j] for j in row] for row in rows], None
     if config.wire == "tokens":
         firsts = [row[0] for row in rows]
-        kept = kept_tokens(config.keep, run.lm, wire.prompt, firsts,
+        kept = kept_tokens(config.keep, wire.lm, wire.prompt, firsts,
                            [wire.stored(len(item.context), M) for item in firsts], wire.rarity)
     batch = wire.collate(rows, lambda length: wire.stored(length, M), M, kept)
-    if config.shard and batch.source is not None:  # all processes must read equally often, be their texts long or short
-        batch.source.whole = False
     return batch.to(run.device), wire.text_batch(rows).to(run.device) if config.kd else None
 
 
@@ -581,7 +533,7 @@ def train_step(run, window):
     (gradient norm, questions), or None where a signal ended it: a step may take longer than the 30 s that torchrun
     waits. Of several processes none may leave the others alone: the first one saves, and all go on to the step's end
     as far as they get."""
-    config, step, world = run.config, run.plan[run.state.step], run.world
+    config, step, world, wire = run.config, run.plan[run.state.step], run.world, run.wire
     weights = {key: getattr(config, key) for key in PARTS}
     asked, mine = sum(len(row) for rows, M in step for row in rows), step[run.rank::world]
     for i, (rows, M) in enumerate(mine):
@@ -592,12 +544,13 @@ def train_step(run, window):
             run.rescued = save(run)
         batch, teacher = make_batch(run, rows, M)
         # Gradients travel once a step, with the last micro-batch.
-        with run.model.no_sync() if world > 1 and i < len(mine) - 1 else contextlib.nullcontext(), autocast(run.lm):
+        last = world == 1 or i == len(mine) - 1
+        with contextlib.nullcontext() if last else run.model.no_sync(), autocast(wire.lm):
             loss, parts, logits = run.model(batch, weights, config.K, config.temperature, teacher)
             (loss * batch.size / asked * world).backward()  # DDP averages over processes, the mean is over questions
-        stats, winners = first_token_stats(logits, batch, len(run.tokenizer))
+        stats, winners = first_token_stats(logits, batch, len(wire.prompt.tokenizer))
         window.append((batch.size, parts | stats, winners))
-    norm = torch.nn.utils.clip_grad_norm_(run.wire.trainable().values(), config.clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(wire.trainable().values(), config.clip).item()
     state = run.state
     if math.isfinite(norm):  # after the all-reduce, so one process's NaN is seen by all
         run.optimizer.step()
@@ -606,36 +559,42 @@ def train_step(run, window):
         state.skipped, state.skipped_in_a_row = state.skipped + 1, state.skipped_in_a_row + 1
         run.note(f"step {state.step + 1}: gradient norm {norm}, step skipped ({state.skipped} so far)")
         if state.skipped_in_a_row == 10:
-            raise UserError("ten steps in a row were not finite; the last good checkpoint is kept in "
-                            f"{run.out}/ckpt/last. Lower --lr")
+            raise UserError(f"ten steps in a row were not finite; lower --lr. What is in {run.out}/ckpt is from before")
     run.optimizer.zero_grad(set_to_none=True)
     return norm, asked
 
 
 def log_steps(run, window, norm, seconds):
     """A record of the steps since the last one, to train_diagnostics.jsonl, training.log and the bar."""
-    config, state, windows = run.config, run.state, [settle(window, run.tokenizer)]
+    config, state, windows = run.config, run.state, [settle(window, run.wire.prompt.tokenizer)] * run.world
     if run.world > 1:
-        mine, windows = windows[0], [None] * run.world
-        dist.all_gather_object(windows, mine)
-    if not run.master:
+        dist.all_gather_object(windows, windows[0])
+    if not first_process():
         return
-    record = diagnostics(sum(windows, []), config, run.name)
-    questions = sum(size for every in windows for size, *_ in every)
-    epoch, epoch_step = run.plan.where(state.step - 1)
-    record = {"epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
-              "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
-              "samples_per_sec": questions / seconds, "skipped_steps": state.skipped, **record, **memory()}
-    run.keep("train_diagnostics.jsonl", append_line, run.out / "logs" / "train_diagnostics.jsonl", json.dumps(record))
-    inner, (word, count) = record["models"][run.name], record["dominant_predictions"][0]
-    line = (f"tf {inner['tf']:.2f} first_acc {inner['first_acc']:.2f} distinct "
-            f"{len(inner['prediction_histogram'])}/{questions} {questions / seconds:.1f} q/s")
-    left = f" {max(0.0, config.minutes - state.elapsed / 60):.1f} min left" if config.minutes else ""
-    run.bar.set_postfix_str(line + left)
-    done = f"step {state.step}: {line} grad_norm {norm:.2f}"
-    run.keep("training.log", append_line, run.out / "logs" / "training.log", done)
-    if count > 0.9 * questions and questions >= 32:
-        run.note(f"warning: collapse: {count} of {questions} first tokens are {word!r}; lower --lr, raise --entropy or "
+    window = sum(windows, [])  # of all processes
+    n, histogram = sum(size for size, *_ in window), sum((words for *_, words in window), Counter())
+    mean = lambda key: sum(size * shown.get(key, 0.0) for size, shown, _ in window) / n
+    epoch, epoch_step, _ = run.plan.steps[state.step - 1]
+    dominant, tf, hit = histogram.most_common(5), mean("tf"), mean("hit")
+    record = {
+        "epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
+        "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
+        "samples_per_sec": n / seconds, "skipped_steps": state.skipped, "mode": "latent", "K": config.K,
+        "first_weight": config.first, "prediction_diversity": len(histogram) / n, "dominant_predictions": dominant,
+        "models": {run.name: {
+            "mode": "latent", **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
+            "first_acc": hit, "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
+            "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
+                                        "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
+            "prediction_histogram": dict(histogram.most_common(20))}},
+        **memory(run.device)}
+    run.keep(append_line, run.out / "logs" / "train_diagnostics.jsonl", json.dumps(record))
+    (word, count), distinct = dominant[0], min(20, len(histogram))
+    line = f"tf {tf:.2f} first_acc {hit:.2f} distinct {distinct}/{n} {n / seconds:.1f} q/s"
+    run.bar.set_postfix_str(line)
+    run.keep(append_line, run.out / "logs" / "training.log", f"step {state.step}: {line} grad_norm {norm:.2f}")
+    if count > 0.9 * n and n >= 32:
+        run.note(f"warning: collapse: {count} of {n} first tokens are {word!r}; lower --lr, raise --entropy or "
                  "--first")
 
 
@@ -652,21 +611,13 @@ class Stopped(Exception):
     """A signal came while the dev slice was being answered."""
 
 
-def texts_to_fit(run, watch):
-    """Training texts, in the same order at every call; watch(0) before each."""
-    groups = list(run.plan.groups)
-    random.Random(run.config.seed).shuffle(groups)
-    for group in groups:
-        watch(0)
-        yield run.wire.layout.source(run.items[group[0]])
-
-
 def evaluate(run):
     """Dev F1 of the wire's own row, once what is needed can be predicted; keeps the best checkpoint. Every process
     answers all of the questions, so that none waits for another. Returns whether a signal ended it, in all alike."""
     from tqdm import tqdm
-    state, row = run.state, own_row(run.config)
-    bar = tqdm(total=len(run.dev), desc="dev slice", unit="q", leave=False, disable=not run.master)
+    state, row, groups = run.state, own_row(run.config), list(run.plan.groups)
+    random.Random(run.config.seed).shuffle(groups)  # what it is fitted to: the same texts at every call
+    bar = tqdm(total=len(run.dev), desc="dev slice", unit="q", leave=False, disable=not first_process())
 
     def watch(n):  # in time for a checkpoint
         bar.update(n)
@@ -674,37 +625,37 @@ def evaluate(run):
             raise Stopped
     run.wire.eval()
     try:
-        run.wire.fit_predictor(texts_to_fit(run, watch))
+        texts = (run.wire.layout.source(run.items[group[0]]) for group in groups if not watch(0))
+        run.wire.fit_predictor(texts)
         if run.world > 1 and run.wire.predictor is not None:  # a bit may decide what is kept, and how long they work
             dist.broadcast(run.wire.predictor, 0)
-        scores = summary(evaluate_row(row, run.lm, run.tokenizer, run.wire.prompt, run.dev, run.wire,
+        scores = summary(evaluate_row(row, run.wire.lm, run.wire.prompt.tokenizer, run.wire.prompt, run.dev, run.wire,
                                       bar=SimpleNamespace(update=watch)))
     except Stopped:
         return True
     finally:
         bar.close()
         run.wire.train()
-    if not run.master:
+    if not first_process():
         return False
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
-    run.keep("metrics_history.jsonl", keep_steps, history, state.step - 1)  # of one that was killed after its record
-    run.keep("metrics_history.jsonl", append_line, history, json.dumps(record))
+    run.keep(keep_steps, history, state.step - 1)  # of one that was killed after its record
+    run.keep(append_line, history, json.dumps(record))
     low, high = scores["f1_ci95"]
     run.note(f"step {state.step}: dev {row} F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM "
              f"{100 * scores['em']:.1f}, {scores['distinct_first_words']} distinct first words of {len(run.dev)}")
     best = run.out / "ckpt" / "best"
-    if scores["f1"] > state.best_f1 and run.keep("ckpt/best", save_checkpoint, best, run.wire, None, None,
-                                                 torch.float16):
+    if scores["f1"] > state.best_f1 and run.keep(save_checkpoint, best, run.wire, None, None, torch.float16):
         state.best_f1 = scores["f1"]
     return False
 
 
 def save(run):
     """Write ckpt/last; True where it is written."""
-    return not run.master or run.keep("ckpt/last", save_checkpoint, run.out / "ckpt" / "last", run.wire,
-                                      optimizer_tensors(run.optimizer, run.wire), asdict(run.state))
+    return not first_process() or run.keep(save_checkpoint, run.out / "ckpt" / "last", run.wire,
+                                           optimizer_tensors(run.optimizer, run.wire), asdict(run.state))
 
 
 def clock(run, began):
@@ -729,8 +680,7 @@ def train(config, rank, world, device, dtype, why, stack):
             group["lr"] = config.lr * group["size"] * lr_factor(progress, config.warmup)
         done = train_step(run, window)
         if done is None:
-            stop = True
-            break
+            return finish(run, True)
         norm, asked = done
         state.step, state.seen, state.finished = state.step + 1, state.seen + asked, False
         if config.minutes and progress:  # the steps that there is time for, so that the bar's ETA is the run's
@@ -741,7 +691,9 @@ def train(config, rank, world, device, dtype, why, stack):
             window, ticked = [], time.time()
         due = config.eval_every and state.step % config.eval_every == 0 and state.step < len(run.plan)
         if due:
+            paused = time.time()
             evaluate(run)
+            ticked += time.time() - paused
         if (due or state.step % config.save_every == 0) and not state.skipped_in_a_row:
             save(run)  # after the evaluation, whose best F1 it holds
         progress, stop = clock(run, began)
@@ -761,7 +713,7 @@ def finish(run, stopped):
         run.note(f"stopped by signal at step {state.step}, saved; go on with --resume")
         return 130 if signal.SIGINT in run.stopping else 0
     if not state.finished:
-        state.finished = state.best_f1 >= 0 or not run.master
+        state.finished = state.best_f1 >= 0 or not first_process()
         if not save(run) or not state.finished:
             raise UserError(f"the run is over but its weights are not written; make room in {out} and finish it with "
                             "--resume")
