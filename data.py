@@ -486,29 +486,21 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
         group = rng.sample(group, len(group))
         rows += [group[i:i + per_row] for i in range(0, len(group), per_row)]
     rng.shuffle(rows)
-    steps, per_step = [], max(1, batch // micro)
-    pool = 32 * batch  # sorting a pool, not the epoch, keeps the order random enough
-    chunk, chunks, count = [], [], 0
+    pool = 1 + 32 * batch // per_row  # rows; sorting a pool, not the epoch, keeps the order random enough
+    rows = [row for i in range(0, len(rows), pool) for row in sorted(rows[i:i + pool], key=lambda row: lengths[row[0]])]
+    micros, count = [], micro
     for row in rows:
-        chunk.append(row)
+        if count + len(row) > micro:
+            micros.append([])
+            count = 0
+        micros[-1].append(row)
         count += len(row)
-        if count >= pool:
-            chunks.append(chunk)
-            chunk, count = [], 0
-    for chunk in chunks + [chunk]:
-        chunk.sort(key=lambda row: lengths[row[0]])
-        micros, current, count = [], [], 0
-        for row in chunk:
-            if count + len(row) > micro and current:
-                micros.append(current)
-                current, count = [], 0
-            current.append(row)
-            count += len(row)
-        if count * 2 >= micro:
-            micros.append(current)
-        for _ in range(len(micros) % per_step):
-            micros.pop(rng.randrange(len(micros)))
-        steps += [micros[i:i + per_step] for i in range(0, len(micros), per_step)]
+    if count * 2 < micro:
+        micros.pop()
+    per_step = max(1, batch // micro)
+    for _ in range(len(micros) % per_step):
+        micros.pop(rng.randrange(len(micros)))
+    steps = [micros[i:i + per_step] for i in range(0, len(micros), per_step)]
     if not steps:
         raise UserError(f"{sum(map(len, groups))} examples do not fill one batch of {batch}; lower --batch or give "
                         "more")

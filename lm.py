@@ -270,7 +270,8 @@ def embed(lm, ids, prefix=None):
 
 def head(lm, hidden):
     """Hidden states (n, d) -> logits (n, V), by what the LM's own forward does behind its layers: Granite divides,
-    Cohere multiplies, Gemma 3 caps."""
+    Cohere multiplies, Gemma 3 caps. Its layers give way to what they gave before; a mixture of experts wants an output
+    of this kind."""
     with patch.object(lm.model, "forward", lambda **given: MoeModelOutputWithPast(last_hidden_state=hidden[None])):
         return lm(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
@@ -427,11 +428,10 @@ def importance(lm, embeds, real, cached=None, asking=None, lora=None):
         seen = behind(lm, cached, position)
     mask = masks(lm, torch.ones(S, S, dtype=torch.bool, device=device).tril().expand(B, -1, -1), position, position)
     noted, asking, before = [], real if asking is None else asking, lm.config._attn_implementation
-    # A norm that stands between a layer's attention and the residual stream; in Llama there is none.
-    names = {"post_self_attn_layernorm": "post_self_attn_layernorm",  # GLM 4
-             "post_feedforward_layernorm": "post_attention_layernorm"}
-    norms = [next((getattr(layer, norm) for sign, norm in names.items() if hasattr(layer, sign)), None)
-             for layer in lm.model.layers]
+    # The norm between a layer's attention and the residual stream, where there is one: GLM 4; Gemma, OLMo 2.
+    norms = [getattr(layer, "post_self_attn_layernorm", None) or (
+        layer.post_attention_layernorm if hasattr(layer, "post_feedforward_layernorm") else None)
+        for layer in lm.model.layers]
     lm.config._attn_implementation = "noted"
     try:
         with use_lora(lm, lora):

@@ -1070,6 +1070,15 @@ def test_a_row_depends_on_its_own_questions_and_its_budget_alone(tiny):
     assert one["stored"] == other["stored"] < one["source_tokens"] / 2
 
 
+def test_a_row_is_answered_at_what_its_wire_was_trained_for(tiny):
+    """Also where that is a share of the text, and by a rival's reader."""
+    for changes, row in ((dict(wire="tokens", keep="truncated"), "truncated_lora"), ({}, "latent")):
+        wire, prompt, items = make_wire(tiny, ratio=4.0, **changes)
+        told = evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items[:3], wire, max_new_tokens=1)
+        read = [len(wire.layout.before) + -(-len(item.context) // 4) + len(prompt.after(item)) for item in items[:3]]
+        assert told["tokens_read"] == sum(read) / 3
+
+
 def test_names_of_rows():
     assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
     assert split_row("truncated_lora@8") == ("truncated_lora", 8, None)
