@@ -137,7 +137,7 @@ def encode(wire, text, count, each=False):
         kept = [torch.where(kept < len(before), kept, kept + gap) for kept in part.kept]
         parts.append(replace(part, kept=kept, width=part.width + gap, ids=None))
         upto = end
-    latents = join(wire, parts).packed()
+    latents = join(wire, parts).packed() if len(parts) > 1 else parts[0]
     ids = torch.from_numpy(np.concatenate([before, text]))[None].long().to(wire.lm.device)
     return replace(latents, width=ids.shape[1], ids=ids)
 
@@ -145,6 +145,8 @@ def encode(wire, text, count, each=False):
 def join(wire, parts):
     """One Latents of several (B = 1 each), one text behind the other: what is before them is kept of the first alone,
     and keys are turned to their new positions. Not packed: which places are whose, their widths tell."""
+    if len(parts) == 1:
+        return parts[0]
     H, at, turned = len(wire.layout.before), 0, []
     begins = [0, *itertools.accumulate(part.width - H for part in parts)]
     parts = [replace(part, kept=[kept + begin for kept in part.kept])
