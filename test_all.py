@@ -932,6 +932,12 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     chosen = wire.choose(one, data.pad(asks, data.PAD), 9)
     assert chosen.length.tolist() == [302, 302] and chosen.keys[0].shape[2] < 130
     assert wire.train().choose(one, data.pad(asks, data.PAD), 9).keys[0].shape[2] == 130  # no GPU is asked
+    pair = wire.encode(wire.source([text, text[::-1]], [300, 300]))
+    wide, narrow = (wire.choose(pair, data.pad(asks, data.PAD), 9, least) for least in (0, 600))
+    assert (wide.keys[0].shape[2], narrow.keys[0].shape[2]) == (514, 130)
+    assert torch.equal(wide.of_tokens(600, 2), narrow.of_tokens(600, 2))
+    items = [[data.Item(None, words[:n], words[:2], words[:1])] for n in (600, 550)]
+    assert wire.collate(items, lambda length: length).least == 550
     wire.eval()
     for b, at in enumerate((450, 100)):
         ids = torch.from_numpy(text)[None].long()
@@ -1555,6 +1561,15 @@ def test_the_last_articles_are_held_out(tiny, tmp_path, articles, n, held):
     assert {item.example.title for item in given} == {f"article {i}" for i in range(articles - held)}
 
 
+def test_of_one_article_paragraphs_are_held_out(tiny, tmp_path):
+    examples = [Example(str(i), f"context {i // 3}", f"{i}?", ("a",), "manual") for i in range(30)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples))
+    (tmp_path / "run").mkdir()
+    config = Config(data=str(tmp_path / "all.jsonl"), out=str(tmp_path / "run"), samples=99, eval_samples=3)
+    given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    assert {item.example.context for item in given} == {f"context {i}" for i in range(8)} and len(dev) == 3
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article_in_common(tiny, tmp_path, own):
     examples = [Example(str(i), f"context {i // 3}", f"{i}?", ("a",), f"article {i // 10}") for i in range(120)]
@@ -1683,8 +1698,10 @@ def test_interrupted_anywhere_ends_the_same(tiny, trained, tmp_path):
     files = [out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"]
     assert [record["global_step"] for record in read_lines(files[1])] == [4, 16, last]
     kept = [path.read_bytes() for path in files]
-    launch(*again)  # finished: nothing more to do
+    about = (out / "config.json").read_bytes()
+    launch(*again, "--lr", "1")  # finished: nothing more to do, and nothing is told of it
     assert [path.read_bytes() for path in files] == kept and equal(out, trained)
+    assert (out / "config.json").read_bytes() == about
 
 
 def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
@@ -1697,8 +1714,10 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
         assert says in launch(*flags, "--resume", f"--{name}", value, code=2)[1]
     with claim(out):
         assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
+    shutil.rmtree(out / "ckpt" / "best")  # a copy of ckpt/last alone: whatever its F1 was, there is a best again
     _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
     assert "--lr was 0.05, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
+    assert (out / "ckpt" / "best" / "manifest.json").exists()
     assert "questions are not those" not in said
     assert "questions are not those" in launch(*flags, "--resume", "--epochs", "2", "--seed", "1")[1]
 
@@ -1710,9 +1729,9 @@ def test_what_a_run_would_overwrite(tiny, trained, tmp_path):
     with pytest.raises(UserError, match="holds something else than a run"):
         check(tiny, resume=True)
     shutil.copytree(trained, tmp_path / "run", ignore=lambda *_: ["last", "last.old"])
-    with pytest.raises(UserError, match="no ckpt/last to go on from; .* --start"):
-        check(tmp_path / "run")
-    assert not check(tmp_path / "run", resume=True)  # killed before it wrote its first ckpt/last
+    for resume in (False, True):
+        with pytest.raises(UserError, match="no ckpt/last to go on from; .* --start"):
+            check(tmp_path / "run", resume=resume)
 
 
 def test_a_run_begins_with_anothers_weights(tiny, trained, tmp_path):
@@ -1968,7 +1987,7 @@ PINNED, RECORDER = "requirements-pinned.txt", """#!/usr/bin/env bash
 if [[ -n "${WARNED:-}" && "$*" == *"$WARNED"* ]]; then  # as SLURM does before the time is up, once the script listens
   trap 'echo saved >> calls; exit 0' TERM
   for _ in {1..3000}; do grep -Eq '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status" && break; sleep 0.1; done
-  kill -USR1 "$PPID"
+  kill "-${SIGNAL:-USR1}" "$PPID"
   [[ "$*" == *'import json'* ]] || while sleep 0.1; do :; done
 fi
 if [[ "$*" == *'import json'* ]]; then echo its-own-data; fi
@@ -2001,6 +2020,7 @@ def test_run_hpc_calls_what_there_is(hpc, tmp_path):
     assert [script for _, script, *_ in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
     demo, *others = [parsers[script](flags) for _, script, *flags in calls]  # each flag is there
     assert demo.minutes == 1 and demo.resume and {other.ckpt for other in others} == {f"{demo.out}/ckpt/best"}
+    assert parse_config(hpc("demo", "--out", "x")[1][0][2:]).out == demo.out  # whose wire is asked next
     assert hpc("test", "-k", "x")[1][0][:4] == ["python", "-m", "pytest", "test_all.py"]
     assert [" ".join(call) for call in hpc("--lr", "3e-4", "--out=runs/x", OUT="runs/x")[1]] == [
         "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
@@ -2040,6 +2060,8 @@ def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc, script):
         answered = then.pop(0)
         assert answered[:2] == launched[:2] and "eval.py" in answered and answered[-1] == "--shard"
     assert then == [["saved"]] * (script != "import json") + [["scontrol", "requeue", "7"]]
+    _, calls = hpc(SLURM_JOB_ID="7", WARNED=script, SIGNAL="TERM", code=130)  # scancel, or Ctrl-C
+    assert ["scontrol", "requeue", "7"] not in calls and (["saved"] in calls) == (script != "import json")
 
 
 # ------------------------------------------------------------------------------------------------

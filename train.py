@@ -123,6 +123,7 @@ def parse_config(argv=None):
         raise UserError(f"--preset {preset} is unknown; there are {', '.join(PRESETS)}")
     p.set_defaults(**PRESETS[preset])
     config = Config(**vars(p.parse_args(argv)))
+    config.out, config.start = map(os.path.expanduser, (config.out, config.start))  # bash leaves the ~ of --out=~/run
     check_counts(config, "samples", "batch", "micro_batch", "pack", "log_every", "save_every", "eval_samples", "K")
     if config.epochs < (0 if config.start else 1):
         raise UserError(f"--epochs {config.epochs} must be at least 1 (0 goes with --start, whose weights it measures)")
@@ -178,6 +179,7 @@ def load_items(config, prompt):
         else:  # the last 4.5% of the articles (20 of SQuAD's 442), or of the contexts of a file that names none; more,
             # up to a fifth, where those have few questions
             groups = by_article(train)
+            groups = groups if len(groups) > 1 else grouped(train, lambda example: example.context)  # one title for all
             n = max(1 + (len(groups) >= 5), round(0.045 * len(groups)))
             while n < len(groups) // 5 and sum(map(len, groups[-n:])) < 2 * config.eval_samples:
                 n += 1
@@ -288,12 +290,6 @@ def optimizer_tensors(optimizer, wire):
             for key, value in optimizer.state[p].items()}
 
 
-def restore_optimizer(optimizer, wire, tensors):
-    for name, p in wire.trainable().items():
-        optimizer.state[p] = {key: tensors[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                              if f"{name}.{key}" in tensors}
-
-
 def main():
     config = parse_config()
     # DDP: torchrun sets these
@@ -324,24 +320,10 @@ def check_out(config):
         raise UserError(f"--out {out} already holds a run; give --resume to go on with it, or another --out")
     if not found and about.exists() and '"preset"' not in about.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"--out {out} holds something else than a run, which has a config.json; give another --out")
-    if not found and best.exists() and not config.resume:
+    if not found and best.exists():
         raise UserError(f"--out {out} holds {best} and no ckpt/last to go on from; give another --out, and --start "
                         f"{best} to begin with it")
     return found
-
-
-def check_resume(config, saved, lm, path):
-    """Raise UserError where --resume is given another wire or LM than the run's; say which other flags have changed."""
-    check_lm(saved, lm)
-    for f in fields(WireConfig):
-        mine, theirs = getattr(config, f.name), getattr(saved.config, f.name)
-        if f.name != "lm" and str(mine) != str(theirs):
-            raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
-                            "as it was, or give another --out")
-    before = read_json(path)
-    for name, value in asdict(config).items():
-        if name in before and before[name] != value and name not in ("resume", "device", "lm"):
-            log(f"notice: --{name} was {before[name]}, goes on as {value}")
 
 
 class Plan:
@@ -466,8 +448,6 @@ def set_up(config, rank, world, device, dtype, why, stack):
         if len(set(steps)) > 1:  # nodes without a shared disk
             raise UserError(f"--out {config.out} is not the same for all processes, which stand at steps {steps}; put "
                             "it on a disk that all nodes share, or copy ckpt/last to each")
-    if rank == 0:
-        begin_files(config, state.step)
 
     from tqdm import tqdm
     bar = stack.enter_context(tqdm(total=len(plan), initial=state.step, unit="step", disable=rank != 0,
@@ -479,41 +459,42 @@ def set_up(config, rank, world, device, dtype, why, stack):
         model = DDP(wire, broadcast_buffers=False)
     run = Run(config, Path(config.out), rank, world, device, wire, model, optimizer, items, dev, plan, state, bar,
               Path(lm.name).name, [])
-    introduce(run, dtype, why)
+    count = lambda wanted: sum(p.numel() for p in wire.parameters() if p.requires_grad == wanted)
+    run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} "
+             "process(es)")
+    run.note(f"wire {config.wire}, scope {config.scope}; trainable {count(True):,}, frozen {count(False):,}")
+    run.note(f"{len(items)} questions on {len(plan.groups)} contexts, {len(dev)} dev; {len(plan)} steps of "
+             f"{config.batch} questions, micro-batches of {micro}"
+             + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
     return run
 
 
-def introduce(run, dtype, why):
-    """The first lines of a run's log: what trains on what, and how the work is split."""
-    config, plan = run.config, run.plan
-    count = lambda wanted: sum(p.numel() for p in run.wire.parameters() if p.requires_grad == wanted)
-    run.note(f"{run.name} on {run.device} in {dtype} ({why}), attention {run.wire.lm.config._attn_implementation}, "
-             f"{run.world} process(es)")
-    run.note(f"wire {config.wire}, scope {config.scope}; trainable {count(True):,}, frozen {count(False):,}")
-    run.note(f"{len(run.items)} questions on {len(plan.groups)} contexts, {len(run.dev)} dev; {len(plan)} steps of "
-             f"{config.batch} questions, micro-batches of {plan.micro}"
-             + (f"; ends after {config.minutes:g} minutes" if config.minutes else ""))
-
-
 def restore(config, wire, optimizer, data):
-    """Put what ckpt/last holds into wire and optimizer; returns the State. data: checksum of the questions."""
-    saved = read_last_good(Path(config.out) / "ckpt" / "last")
-    check_resume(config, saved, wire.lm, Path(config.out) / "config.json")
-    load_trained(wire, saved.folder)
-    restore_optimizer(optimizer, wire, load_file(saved.folder / "optimizer.safetensors"))
-    state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
-    if state.data not in ("", data):
-        log("notice: the questions are not those that this run began with; it may have been trained on some of the dev "
-            f"slice and of {config.out}/held_out.jsonl")
-    return replace(state, data=data)
-
-
-def begin_files(config, step):
-    """The run's config.json; logs lose what is past the step, which will be written again."""
+    """Put what ckpt/last holds into wire and optimizer; returns the State, and says which flags have changed. data:
+    checksum of the questions. Raises UserError for another wire or LM than the run's."""
     out = Path(config.out)
-    write_atomic(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
-    for path in (out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"):
-        keep_steps(path, step)
+    saved, before = read_last_good(out / "ckpt" / "last"), read_json(out / "config.json")
+    check_lm(saved, wire.lm)
+    for f in fields(WireConfig):
+        mine, theirs = getattr(config, f.name), getattr(saved.config, f.name)
+        if f.name != "lm" and str(mine) != str(theirs):
+            raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
+                            "as it was, or give another --out")
+    for name, value in asdict(config).items():
+        if name in before and before[name] != value and name not in ("resume", "device", "lm"):
+            log(f"notice: --{name} was {before[name]}, goes on as {value}")
+    load_trained(wire, saved.folder)
+    tensors = load_file(saved.folder / "optimizer.safetensors")
+    for name, p in wire.trainable().items():
+        optimizer.state[p] = {key: tensors[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                              if f"{name}.{key}" in tensors}
+    state = State(**json.loads((saved.folder / "state.json").read_text(encoding="utf-8")))
+    if changed := state.data not in ("", data):
+        log("notice: the questions are not those that this run began with; it may have been trained on some of the dev "
+            f"slice and of {out}/held_out.jsonl")
+    if changed or not any((out / "ckpt" / name).exists() for name in ("best", "best.old")):
+        state.best_f1 = -1.0  # that of other questions, or of weights that are not here
+    return replace(state, data=data)
 
 
 def make_batch(run, rows, M):
@@ -578,7 +559,8 @@ def log_steps(run, window, norm, seconds):
     dominant, tf, hit = histogram.most_common(5), mean("tf"), mean("hit")
     record = {
         "epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
-        "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"], "sec_per_step": seconds / config.log_every,
+        "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"],
+        "sec_per_step": seconds / min(config.log_every, state.step - run.bar.initial),
         "samples_per_sec": n / seconds, "skipped_steps": state.skipped, "mode": "latent", "K": config.K,
         "first_weight": config.first, "prediction_diversity": len(histogram) / n, "dominant_predictions": dominant,
         "models": {run.name: {
@@ -646,8 +628,9 @@ def evaluate(run):
     low, high = scores["f1_ci95"]
     run.note(f"step {state.step}: dev {row} F1 {100 * scores['f1']:.1f} [{100 * low:.1f}, {100 * high:.1f}], EM "
              f"{100 * scores['em']:.1f}, {scores['distinct_first_words']} distinct first words of {len(run.dev)}")
-    best = run.out / "ckpt" / "best"
-    if scores["f1"] > state.best_f1 and run.keep(save_checkpoint, best, run.wire, None, None, torch.float16):
+    best, last = run.out / "ckpt" / "best", run.out / "ckpt" / "last"  # never one without the other
+    if scores["f1"] > state.best_f1 and (last.exists() or save(run)) and run.keep(
+            save_checkpoint, best, run.wire, None, None, torch.float16):
         state.best_f1 = scores["f1"]
     return False
 
@@ -674,6 +657,10 @@ def train(config, rank, world, device, dtype, why, stack):
     run.wire.train()
     began, window, ticked = time.time() - state.elapsed, [], time.time()
     progress, stop = clock(run, began)
+    if rank == 0 and not (state.finished and progress >= 1):  # logs lose what will be written again
+        write_atomic(run.out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        for path in (run.out / "logs" / "train_diagnostics.jsonl", run.out / "eval" / "metrics_history.jsonl"):
+            keep_steps(path, state.step)
     while progress < 1 and not stop:
         run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
