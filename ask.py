@@ -24,9 +24,10 @@ from common import Parser, UserError, check_counts, log, run_main
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    wire = p.add_mutually_exclusive_group(required=True)
+    wire = p.add_argument_group("the wire")
     wire.add_argument("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
-    wire.add_argument("--lm", help="an LM (hub id, folder, .gguf, smollm2-135m): through an untrained wire")
+    wire.add_argument("--lm", help="an LM (hub id, folder, .gguf, smollm2-135m): through an untrained wire, or where "
+                      "that of --ckpt is now")
     given = p.add_argument_group("the document").add_mutually_exclusive_group()
     given.add_argument("--context", help="text file (UTF-8)")
     given.add_argument("--load", metavar="FILE", nargs="+", help="latents that --save wrote, with this checkpoint; of "
@@ -51,7 +52,10 @@ def parse_args(argv=None):
     other.add_argument("--export", metavar="DIR", help="write the reader's LoRA, and the document if any, for other "
                        "programs; with --export or --save nothing is asked but --question")
     other.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.ckpt is None and args.lm is None:
+        p.error("one of the arguments --ckpt --lm is required")
+    return args
 
 
 if __name__ == "__main__":
@@ -163,6 +167,9 @@ def check(args, config):
         raise UserError("give the document: either --context FILE.txt or --load FILE.safetensors")
     if args.inspect and (not args.context or args.question is None) or args.save and not args.context:
         raise UserError("--save needs the text (--context FILE.txt), and --inspect that and a --question")
+    if args.save and args.export:
+        raise UserError("--export keeps as many latents in every head, which answers worse; give --save in a call of "
+                        "its own")
     if args.save and Path(args.save).resolve() == Path(args.context).resolve():
         raise UserError(f"--save {args.save} is the text itself; give another name")
     if document and config.wire == "tokens":
@@ -233,7 +240,7 @@ def main(args):
     trained = args.ckpt is not None
     saved = read_checkpoint(args.ckpt) if trained else Checkpoint(None, untrained(args.lm), {}, "untrained")
     check(args, saved.config)
-    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
+    lm, tokenizer = load_lm(args.lm or saved.config.lm, device=args.device, wired=saved.config.wire != "tokens")
     if not trained:
         saved.config.max_prompt_tokens = min(saved.config.max_prompt_tokens, positions(lm))
     prompt = Prompt(tokenizer, saved.config.prompt, sys.maxsize)  # texts are not cut here
@@ -257,8 +264,10 @@ def main(args):
     if together and (args.question is not None or args.questions):
         questions = [args.question] if args.question is not None else [
             line.strip() for line in read_text("--questions", args.questions).split("\n") if line.strip()]
-        for start in range(0, len(questions), BATCH):
-            say(args, wire, documents, together, questions[start:start + BATCH])
+        # Each question's row gets a copy of the cache, but where it chooses.
+        size = BATCH if wire.layout.late else max(1, min(BATCH, BATCH * 1024 // int(together.length)))
+        for start in range(0, len(questions), size):
+            say(args, wire, documents, together, questions[start:start + size])
     elif not args.save and not args.export:
         sys.stdin.reconfigure(errors="replace")
         for line in filter(str.strip, typed()):

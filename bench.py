@@ -21,6 +21,7 @@ Measure speed and memory as ratios, side by side in one run. Prints tables, writ
 Contenders alternate, in another order each round, and medians are reported: one that slows down slows all.
 """
 import json
+import math
 import random
 import statistics
 import time
@@ -48,7 +49,7 @@ def numbers(text):
 def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
-    p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
+    p.add_argument("--lm", help="language model (default smollm2-135m, for --ckpt the one it was trained for)")
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
     p.add_argument("--ckpt", help=f"checkpoint of a trained wire, for {', '.join(TRAINED)}")
     p.add_argument("--samples", type=int, default=50, help="questions of those (default 50)")
@@ -75,7 +76,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ask import replies
-from data import PAD, Prompt, group_by_context, load_data
+from data import Prompt, group_by_context, load_data
 from lm import DTYPES, _attend_and_note, autocast, checkpoint_layers, generate, load_lm, positions, use_lora
 from model import Latents, LatentWire, WireConfig, budgets
 from report import markdown_table, percent
@@ -156,23 +157,20 @@ def spread(values):
     return percent(np.mean(values), interval(values))
 
 
-def trained_wire(args, saved):
-    """The wire of a checkpoint, and the LM that it was trained for."""
-    lm, tokenizer = load_lm(saved.config.lm, device=args.device, wired=True)
-    return load_wire(saved, lm, Prompt(tokenizer, saved.config.prompt, saved.config.max_prompt_tokens)).eval()
-
-
-def wire_of_texts(args, text_too=False):
-    """The trained wire of --ckpt, whose latents must stand for a text alone; or, text_too, that reads all of it."""
+def trained_wire(args, fits, needs):
+    """The wire of --ckpt, around --lm or the LM that it was trained for. Raises UserError unless fits(its config)."""
     saved = read_checkpoint(args.ckpt)
     config = saved.config
-    reads = own_row(config) in ("text_lora", "matched_lora")
-    fits = text_too if reads else config.wire != "tokens" and config.scope != "prompt"
-    if not fits or args.samples < 4:
-        raise UserError("documents and articles need a wire whose latents stand for a text alone, articles that or one "
-                        "of --wire tokens --keep all or matched, and --samples of at least 4; this is --wire "
-                        f"{config.wire} --keep {config.keep} --scope {config.scope} with {args.samples}")
-    return trained_wire(args, saved)
+    if not fits(config):
+        raise UserError(f"{needs}; this is --wire {config.wire} --keep {config.keep} --scope {config.scope} --ratio "
+                        f"{config.ratio:g}")
+    lm, tokenizer = load_lm(args.lm or config.lm, device=args.device, wired=True)
+    return load_wire(saved, lm, Prompt(tokenizer, config.prompt, config.max_prompt_tokens)).eval()
+
+
+def of_text(config):
+    """Whether a wire's latents stand for a text alone."""
+    return config.wire != "tokens" and config.scope != "prompt"
 
 
 def table(head, rows):
@@ -262,25 +260,23 @@ def bench_profile(args):
     return {"step": whole, "phases": by_phase, "operators": operators}
 
 
-def long_text(items, length):
-    """`length` token ids of contexts one after the other."""
-    text = np.concatenate([item.context for item in items])
-    return np.tile(text, -(-length // len(text)))[:length]
+def long_texts(args):
+    """(A wire whose predictor is fitted, items, text(T): T token ids of their contexts one after the other)."""
+    wire, items = setup(args)
+    wire.eval().fit_predictor(items[group[0]].context for group in group_by_context(items))
+    return wire, items, partial(np.resize, np.concatenate([item.context for item in items]))
 
 
 @torch.no_grad()
 def bench_answer(args):
     """The prompt to eight answer tokens, batch 1. "cached" has the whole text's keys and values; "first" encodes the
     document, which it reads once, "twice" as training does; "next" has its latents."""
-    wire, items = setup(args)
-    wire.eval()
-    lm, layout, result, rows = wire.lm, wire.layout, {}, []
+    (wire, items, long), result, rows = long_texts(args), {}, []
+    lm, layout, fitted = wire.lm, wire.layout, wire.predictor
     after = layout.after(items[0])
-    wire.fit_predictor(items[group[0]].context for group in group_by_context(items))
-    fitted = wire.predictor
-    ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8)
+    ask = lambda row, latents=None: generate(lm, wire.prompt.tokenizer, [row], latents, 8, at_least=8)
     for T in args.lengths or (246, 1024, 8192):
-        text, count = long_text(items, T), min(32, T)
+        text, count = long(T), min(32, T)
         once, wire.predictor = lambda: encode(wire, text, count), fitted
         ready, whole = once(), wire.read(wire.source([text], [T]).to(lm.device), None)[2]
 
@@ -306,22 +302,19 @@ def bench_answer(args):
 @torch.no_grad()
 def bench_scale(args):
     """Encoding by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
-    wire, items = setup(args)
-    wire.eval().fit_predictor(items[group[0]].context for group in group_by_context(items))
-    lengths = args.lengths or [512, 2048, 8192, 16384]
-    counts, result, rows = {"M = 32": lambda T: 32, "T / M = 8": lambda T: T // 8}, {}, []
-    for rule, count in counts.items():
-        taken = []
-        for T in lengths:
-            once = partial(encode, wire, long_text(items, T), min(count(T), T))
-            taken.append(side_by_side({"": once}, args.repeats if T < 4096 else 1)[""])
-            rows.append([f"{rule}, {T}", f"{1e3 * taken[-1]:.0f}"])
-            log(f"scale: {rule}, {T} tokens done")
-        power = float(np.polyfit(np.log(lengths), np.log(taken), 1)[0])
-        result[rule] = {"lengths": lengths, "encode": taken, "exponents": {"encode": power}}
-        rows.append([f"{rule}: grows as T^", f"{power:.2f}"])
-    table(["context tokens", "encode ms"], rows)
-    return result
+    (wire, _, text), lengths, taken = long_texts(args), args.lengths or [512, 2048, 8192, 16384], []
+    counts = {"M = 32": lambda T: min(32, T), "T / M = 8": lambda T: max(1, T // 8)}
+    for T in lengths:
+        once = {rule: partial(encode, wire, text(T), count(T)) for rule, count in counts.items()}
+        taken.append(side_by_side(once, args.repeats if T < 4096 else 1))
+        log(f"scale: {T} tokens done")
+    times = {rule: [at[rule] for at in taken] for rule in counts}
+    grows = {rule: float(np.polyfit(np.log(lengths), np.log(of), 1)[0]) if len({*lengths}) > 1 else math.nan
+             for rule, of in times.items()}  # one length says nothing
+    table(["context tokens", *(f"{rule}: ms" for rule in counts)], [
+        *([T, *(f"{1e3 * seconds:.0f}" for seconds in at.values())] for T, at in zip(lengths, taken)),
+        ["grows as T^", *(f"{power:.2f}" for power in grows.values())]])
+    return {rule: {"lengths": lengths, "encode": times[rule], "exponents": {"encode": grows[rule]}} for rule in counts}
 
 
 def step_bytes(config, dtype, rows, prompt, recompute):
@@ -334,7 +327,7 @@ def step_bytes(config, dtype, rows, prompt, recompute):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
         lm.name, lm.identity, lm.turning = "planned", {}, [True] * config.num_hidden_layers  # wiring would try it out
         frozen, layer = size(lm.parameters()), max(size(layer.parameters()) for layer in lm.model.layers)
-        wire = LatentWire(lm, WireConfig(lm="planned", prompt="plain"), prompt).train()
+        wire = LatentWire(lm, WireConfig(lm="planned", max_prompt_tokens=prompt.max_prompt_tokens), prompt).train()
     if recompute:
         checkpoint_layers(lm)
     batch, trained = wire.collate(rows, wire.stored).map(mode.from_tensor), list(wire.trainable().values())
@@ -351,8 +344,8 @@ def bench_plan(args):
     step, first, n = step_of(wire, rows), len(rows[0]), sum(map(len, rows))
     step()  # so that Adam's state is there
     result["measured"] = peak_bytes(step, wire.rarity.device)
-    for name, config, dtype in ((args.lm, lm.config, lm.dtype), (args.lm, lm.config, torch.bfloat16),
-                                ("Llama-3.1-8B", LlamaConfig(**LLAMA_8B), torch.bfloat16)):
+    for name, config, dtype in [*((args.lm, lm.config, kind) for kind in dict.fromkeys((lm.dtype, torch.bfloat16))),
+                                ("Llama-3.1-8B", LlamaConfig(**LLAMA_8B), torch.bfloat16)]:
         for recompute in (False, True):
             made = {k: step_bytes(config, dtype, rows[:k], wire.prompt, recompute) for k in {1, len(rows)}}
             all_rows, one = made[len(rows)], made[1]
@@ -378,14 +371,15 @@ def bench_plan(args):
 @torch.no_grad()
 def bench_documents(args):
     """Each question is on a paragraph of its own article; the others' stand beside it, in random order."""
-    wire = wire_of_texts(args)
+    wire = trained_wire(args, of_text, "documents needs a wire whose latents stand for a text alone")
     examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)
     random.Random(0).shuffle(examples)
     articles = list({example.title or example.context: example for example in examples}.values())
     contexts = {example.context: example for example in [*articles, *examples]}  # of other articles where there are
     items = wire.prompt.items(list(contexts.values())[:args.samples])
     if len(items) < 4:
-        raise UserError(f"documents needs four contexts, --data {args.data} has {len(items)}; give more data")
+        raise UserError(f"documents needs four contexts, --data {args.data} has {len(items)}; give more data, or raise "
+                        "--samples")
     H, rng = len(wire.layout.before), random.Random(0)
     stored = [Document(encode(wire, item.context, wire.stored(len(item.context))), H, str(n))
               for n, item in enumerate(items)]
@@ -451,7 +445,9 @@ def article_answers(wire, text, items):
 @torch.no_grad()
 def bench_articles(args):
     """A text is the first paragraphs of an article; up to five questions of each, on any paragraph."""
-    wire, articles, result, rows = wire_of_texts(args, text_too=True), {}, {}, []
+    wire = trained_wire(args, lambda config: of_text(config) or own_row(config) in ("text_lora", "matched_lora"),
+                        "articles needs latents that stand for a text alone, or --wire tokens --keep all or matched")
+    articles, result, rows = {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
     for T in args.lengths or (1024, 2048, 4096, 8000):
@@ -468,15 +464,17 @@ def bench_articles(args):
                 f1.setdefault(name, []).extend(f1_score(answer, item.example.answers)
                                                for answer, item in zip(answers, items))
         if not at:
-            raise UserError(f"--data {args.data} has no article of {T} tokens that hold a whole paragraph; give other "
-                            "--lengths")
+            log(f"notice: --data {args.data} has no article of {T} tokens that hold a whole paragraph: left out")
+            continue
         third, first = np.minimum((3 * np.array(at)).astype(int), 2), next(iter(f1))
         result[T] = {"n": len(at), "f1": f1, "place": at}
         rows.append([T, len(at), *(spread(values) for values in f1.values()),
                      ", ".join(f"{100 * np.mean(np.array(f1[first])[third == k]):.0f}" if (third == k).any()
                                else "-" for k in range(3))])
         log(f"articles: {T} tokens done")
-    table(["tokens", "n", *f1, f"{first}: first, middle, last third"], rows)
+    if not rows:
+        raise UserError(f"--data {args.data} has no article that is long enough; give other --lengths")
+    table(["tokens", "n", *next(iter(result.values()))["f1"], f"{first}: first, middle, last third"], rows)
     return result
 
 
@@ -554,13 +552,10 @@ def bench_peers(args):
     except ImportError as error:
         raise UserError(f"peers: {error}; pip install --no-deps -r requirements-bench.txt") from None
     ALL_ATTENTION_FUNCTIONS["noted"] = _attend_and_note  # kvpress wraps all that is registered, this one wrongly
-    saved = read_checkpoint(args.ckpt)
-    config = saved.config
-    if config.scope != "context" or config.ratio or config.wire == "embeds" or own_row(config) == "text_lora":
-        raise UserError(f"peers needs a wire of scope context that keeps M places or tokens; this is --wire "
-                        f"{config.wire} --keep {config.keep} --scope {config.scope} --ratio {config.ratio:g}")
-    wire, M, own = trained_wire(args, saved), max(budgets(config)), own_row(config)
-    lm, prompt = wire.lm, wire.prompt
+    wire = trained_wire(args, lambda config: config.scope == "context" and not config.ratio and config.wire != "embeds"
+                        and own_row(config) != "text_lora", "peers needs a wire of scope context that keeps M")
+    config, lm, prompt = wire.config, wire.lm, wire.prompt
+    M, own = max(budgets(config)), own_row(config)
     items, result, rows = prompt.items(load_data(args.data, "dev", args.samples)), {}, []
     row = lambda name, some=items: evaluate_row(name, lm, prompt.tokenizer, prompt, some, wire, M)["answers"]
     contenders = {own: partial(row, own)}
@@ -591,6 +586,7 @@ def main(args):
     path = Path(args.out) / "bench.json"
     found = read_json(path)
     for part in parts:
+        args.lm = args.lm if part in TRAINED else args.lm or "smollm2-135m"
         lm = args.ckpt if part in TRAINED else args.lm
         print(f"== {part} ({lm}, {torch.get_num_threads()} CPU threads)", flush=True)
         found[part] = {"lm": lm, "result": globals()[f"bench_{part}"](args)}

@@ -60,6 +60,7 @@ import torch.distributed as dist
 from data import Prompt, checksum, load_data, synthetic_chance
 from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, budgets, untrained
+from report import Run, score_table
 from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row,
                   summary, words_of)
 from store import (FORMATS, SCALE_BITS, group_size, load_wire, place_values, read_checkpoint, stored_bytes,
@@ -72,8 +73,8 @@ SHOWN = 20  # questions of which is written down what the wire keeps
 # ------------------------------------------------------------------------------------------------
 # Files and table
 
-def place_row(metrics, row, name, result):
-    """Put a row where the preserved run's schema has it."""
+def place_row(metrics, row, name, result, late):
+    """Put a row where the preserved run's schema has it. late: whether M is what a question sees of what is stored."""
     scores, wall = summary(result), result["encode_s"] + result["prefill_s"] + result["decode_s"]
     if row in ("raw", "anchor", "adapter"):
         metrics.setdefault("embedding_baselines", {})[row] = {"metrics": {name: scores}, "wall_clock_sec": {name: wall}}
@@ -82,25 +83,15 @@ def place_row(metrics, row, name, result):
     else:
         metrics[row] = {name: scores, "wall_clock_sec": wall}
         if row == "token_budget":
-            k = None if metrics["fingerprint"]["ratio"] else metrics["latent_len"]
+            k = None if metrics["fingerprint"]["ratio"] and not late else metrics["latent_len"]
             metrics[row].update(mode="content_only", k=k)
 
 
-def table(metrics, name):
-    """The rows evaluated so far, scores in percent with 95% intervals."""
-    own = sorted((key for key in metrics if "@" in key),
-                 key=lambda key: (key.split("@")[0], key.split("@")[1].zfill(4)))
-    found = {row: find_row(metrics, row, name) for row in [*ROWS, *own]}
-    found = {row: value for row, value in found.items() if value}
-    reference = found["text"][0]["f1"] if "text" in found else None
-    lines = [f"{'Mode':<18}{'F1 %':>7}{'[95%]':>15}{'EM %':>7}{'[95%]':>15}{'vs text':>11}{'NLL/tok':>9}{'top-1 %':>9}"
-             f"{'tokens':>8}{'sec':>8}"]
-    for row, (s, wall) in found.items():
-        f1, em = (f"[{100 * a:.1f}, {100 * b:.1f}]" for a, b in (s["f1_ci95"], s["em_ci95"]))
-        versus = "Reference" if row == "text" else "-" if reference is None else f"{100 * (s['f1'] - reference):+.1f}"
-        lines.append(f"{row:<18}{100 * s['f1']:>7.1f}{f1:>15}{100 * s['em']:>7.1f}{em:>15}{versus:>11}"
-                     f"{s['nll_token']:>9.2f}{100 * s['first_token_top1']:>9.1f}{s['tokens_read']:>8.1f}{wall:>8.1f}")
-    return "\n".join(lines)
+def table(out):
+    """The rows evaluated so far, scores with 95% intervals."""
+    head, rows = score_table(Run(out))
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [head, *rows])
 
 
 def read_earlier(folder, fingerprint):
@@ -256,7 +247,7 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
             bar.set_description(row)
             result = evaluate_row(row, lm, prompt.tokenizer, prompt, items, wire, fingerprint["latents"],
                                   fingerprint["ratio"], args.max_new_tokens, args.batch, bar)
-            place_row(metrics, row, name, result)
+            place_row(metrics, row, name, result, bool(wire and wire.layout.late))
             if row == "latent":
                 describe_latents(metrics, name, result, items, wire)
                 for record, item in zip(records[:SHOWN], items):
@@ -269,9 +260,9 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
     return comparison
 
 
-def say(args, title, metrics, items, comparison):
+def say(args, title, metrics, items, comparison, out):
     """Print the table and what it says, or with --json all of metrics.json."""
-    lines = [title, table(metrics, metrics["lm"])]
+    lines = [title, table(out)]
     if args.data == "synthetic":
         chance = synthetic_chance([item.example for item in items])
         lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
@@ -337,7 +328,8 @@ def main():
     comparison = evaluate(args, rows, lm, prompt, wire, items, metrics, records, out)
     if first_process():
         size = f"M = T / {ratio:g}" if ratio and config.scope != "asked" else f"M = {M}"
-        say(args, f"\n{name}, {args.data}, n = {len(items)}, prompt {prompt.style}, {size}", metrics, items, comparison)
+        title = f"\n{name}, {args.data}, n = {len(items)}, prompt {prompt.style}, {size}"
+        say(args, title, metrics, items, comparison, out)
         log(f"written to {out / 'eval'}")
     if args.shard:
         dist.destroy_process_group()

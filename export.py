@@ -89,9 +89,11 @@ def write_prefix(folder, keys, values, name):
 def fill(page, wire, name):
     """A page with the wire's values; lines that name the reader are left out where it has no LoRA."""
     prompt, rank, listed = wire.prompt, wire.config.lora_rank, lambda ids: str([int(token) for token in ids])
+    fits = str(next((most for most in VLLM_RANKS if most >= rank), rank))
     values = {"NAME": json.dumps(name), "DTYPE": str(wire.lm.dtype), "BEFORE": listed(wire.layout.before),
               "AFTER": listed([*prompt.post, *prompt.anchor]),
-              "RANK": str(next((most for most in VLLM_RANKS if most >= rank), rank))}
+              "MARK": json.dumps(prompt.mark)[1:-1], "SKIP": str(prompt.skip), "RANK": fits,
+              "SERVE": f" --enable-lora --max-lora-rank {fits} --lora-modules reader=reader" if rank else ""}
     lines = [line for line in page.split("\n") if rank or "reader" not in line]
     return re.sub("<([A-Z]+)>", lambda found: values[found[1]], "\n".join(lines))
 
@@ -110,7 +112,7 @@ tokenizer = AutoTokenizer.from_pretrained(<NAME>)
 lm = AutoModelForCausalLM.from_pretrained(<NAME>, dtype=<DTYPE>)
 lm = PeftModel.from_pretrained(lm, "reader")  # the LoRA with which the language model reads latents
 '''
-ASK = '''asked = tokenizer("\\nQuestion: Who wrote it?\\n", add_special_tokens=False).input_ids + <AFTER>
+ASK = '''asked = tokenizer("<MARK>\\nQuestion: Who wrote it?\\n", add_special_tokens=False).input_ids[<SKIP>:] + <AFTER>
 how = dict(max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
 '''
 SAY = '''print(tokenizer.decode(new, skip_special_tokens=True).split("\\n")[0].strip())
@@ -138,7 +140,7 @@ new = lm.generate(inputs_embeds=rows[None], attention_mask=torch.ones(1, len(row
 ''' + SAY + '''
 vLLM takes the same rows. As a server:
 
-    vllm serve <NAME> --enable-prompt-embeds --enable-lora --max-lora-rank <RANK> --lora-modules reader=reader
+    vllm serve <NAME> --enable-prompt-embeds<SERVE>
 
 and after the lines above:
 

@@ -10,6 +10,7 @@ its reason, and the next one starts. train.py, eval.py, report.py and bench.py r
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ LOGIT_BOUND = 0.25  # mean |difference| of log-probabilities that rounding to bf
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("out", nargs="?", default="runs/gpu", help="folder (default runs/gpu)")
+    p.add_argument("out", nargs="?", help="folder (default runs/gpu, with --dry runs/gpu_dry)")
     p.add_argument("--lm", default="smollm2-135m", help="language model (default smollm2-135m)")
     p.add_argument("--data", default="squad", help="squad (default), synthetic, or the training file")
     p.add_argument("--eval_data", default="", help="what the rows answer (default: squad's dev split, or articles of a "
@@ -48,9 +49,9 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench import setup
+from bench import setup, step_of
 from data import Prompt, group_by_context, synthetic
-from lm import autocast, embed, head, load_lm, pick_device
+from lm import embed, head, load_lm, pick_device
 from model import WireConfig
 from rows import rows_of
 
@@ -107,6 +108,7 @@ def read(lm, rows, masked=False):
 @torch.no_grad()
 def checks(args, left):
     """bf16 against float32, flash against plain attention, and two trainings that must end alike."""
+    ends = alike(args, left)  # while no LM is held here
     (exact, tokenizer), (rounded, _) = (load_lm(args.lm, kind, args.device) for kind in (torch.float32, torch.bfloat16))
     prompt, gap = Prompt(tokenizer), lambda a, b: (a - b).abs().mean().item()
     texts = [prompt.text(item) for item in prompt.items(synthetic("dev", 8))]
@@ -123,12 +125,13 @@ def checks(args, left):
     wrong = [name for name, value in found.items() if " - " in name and not value < LOGIT_BOUND]
     if wrong:
         raise UserError(f"{wrong[0]} is {found[wrong[0]]:.3g}, more than {LOGIT_BOUND}")
-    return found | alike(args, left)
+    return found | ends
 
 
 def alike(args, left):
     """The same eight steps: by themselves, as torchrun's only process, and killed after some and gone on with."""
     out, ends = Path(args.out) / "checks", {}
+    shutil.rmtree(out, ignore_errors=True)  # --resume would find finished runs, perhaps another machine's
     for name in ("alone", "torchrun", "resumed"):
         flags = ["--preset", "demo", "--lm", args.lm, "--samples", 80, "--batch", 10, "--epochs", 1, "--minutes", 0,
                  "--encoder_rank", 8, "--eval_samples", 2, "--save_every", 1, "--log_every", 1, "--device", args.device,
@@ -154,13 +157,8 @@ def work(args):
     from torch.utils.flop_counter import FlopCounterMode
     wire, items = setup(args, most=None, lora_rank=32)
     groups = sorted((group[:5] for group in group_by_context(items)), key=lambda group: -len(items[group[0]].context))
-    given = lambda some: [[items[i] for i in group] for group in some]
-
-    def step(rows):
-        with autocast(wire.lm):
-            wire(wire.collate(rows, wire.stored).to(wire.lm.device), {"tf": 1.0, "first": 0.5})[0].backward()
-        wire.zero_grad(set_to_none=True)
-    usual = given(groups[len(groups) // 2:][:4])
+    step = lambda some: step_of(wire, [[items[i] for i in group] for group in some])()
+    usual = groups[len(groups) // 2:][:4]
     # Of other kernels PyTorch 2.11 does not count several query heads that share a key.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(usual)
@@ -173,7 +171,7 @@ def work(args):
                 longest.append(group[:size - count])
                 count += len(longest[-1])
         try:
-            step(given(longest))
+            step(longest)
             return size, flops
         except torch.OutOfMemoryError:
             wire.zero_grad(set_to_none=True)
@@ -197,7 +195,7 @@ def train(args, left):
     records = read_lines(Path(args.out) / "logs" / "train_diagnostics.jsonl")
     rates = sorted(record["samples_per_sec"] for record in records[len(records) // 4:]) or [float("nan")]
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for name, value in PEAKS.items() if name in card), None)
+    peak = next((value for name, value in PEAKS.items() if name in re.findall(r"\w+", card)), None)
     rate, last = rates[len(rates) // 2], records[-1] if records else {}
     return {"micro_batch": micro, "questions": last.get("samples_seen"), "questions_per_sec": rate,
             "gflop_a_question": flops / 1e9, "mfu": rate * flops / peak if peak else None,
@@ -231,27 +229,24 @@ def main(args):
             raise UserError(f"--parts {part} is unknown; there are {', '.join(PARTS)}")
     if args.dry and args.data == "squad":
         args.data = "synthetic"
+    args.out = args.out or ("runs/gpu_dry" if args.dry else "runs/gpu")
     args.device = args.device or str(pick_device()[0])
-    path, run = Path(args.out) / "gpu.json", {"eval": evaluate}
+    path, over, run = Path(args.out) / "gpu.json", began + 60 * args.minutes, {"eval": evaluate}
     found = read_json(path)
     for part in wanted:
         started = time.monotonic()
-        end = began + 60 * args.minutes
-        if part in SHARES:
-            end = min(end, started + 60 * args.minutes * SHARES[part] + 60)
-        log(f"== {part} ({max(0, began + 60 * args.minutes - started):.0f} s left)")
+        end = min(over, started + 60 * args.minutes * SHARES.get(part, 1) + 60)
+        log(f"== {part} ({max(0, over - started):.0f} s left)")
         try:
-            if started > began + 60 * args.minutes:
+            if started > over:
                 raise UserError(f"no time left of --minutes {args.minutes:g}")
             result = {"ok": True, **(run.get(part) or globals()[part])(args, lambda: end - time.monotonic())}
         except Exception as error:  # whatever a part runs into, the next ones have their time
             result = {"ok": False, "why": (str(error) or type(error).__name__).splitlines()[0]}
-            log(f"{part} failed: {result['why']}")
         found[part] = result | {"seconds": round(time.monotonic() - started, 1)}
         write_atomic(path, json.dumps(found, indent=2, default=str) + "\n")
-    for part in wanted:
-        state = "done" if found[part]["ok"] else f"FAILED: {found[part]['why']}"
-        print(f"{part:<8}{found[part]['seconds']:>8.1f} s  {state}")
+        state = "done" if result["ok"] else f"FAILED: {result['why']}"
+        print(f"{part:<8}{found[part]['seconds']:>8.1f} s  {state}", flush=True)
     print(f"written: {path}")
     return 0 if all(found[part]["ok"] for part in wanted) else 1
 

@@ -103,13 +103,18 @@ def load_lm(name, dtype=None, device=None, wired=False):
         raise UserError(f"--lm {name}: no such folder")
     cached = {"local_files_only": True} if not Path(source).exists() and _offline() else {}
     try:
-        config = AutoConfig.from_pretrained(source, **cached)
+        config = AutoConfig.from_pretrained(source, **cached).get_text_config(decoder=True)  # of several kinds of input
         check_layers(name, config)
         if wired:
             check_cache(name, config)
         tokenizer = AutoTokenizer.from_pretrained(source, **cached)
-        lm = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or default_dtype, attn_implementation="sdpa",
-                                                  **cached).to(default_device)
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or default_dtype, attn_implementation="sdpa", output_loading_info=True,
+            ignore_mismatched_sizes=True, **cached)
+        if lacks := sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}):
+            raise UserError(f"--lm {name}: {len(lacks)} weights are missing or of another shape than its config.json "
+                            f"says, such as {lacks[0]}")
+        lm = lm.to(default_device)
     except (torch.OutOfMemoryError, MemoryError):
         raise UserError(f"--lm {name} does not fit into memory; take a smaller model or a larger device") from None
     except UserError:
@@ -121,6 +126,8 @@ def load_lm(name, dtype=None, device=None, wired=False):
                         "Qwen, Mistral, SmolLM are)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"--lm {name}: its tokenizer has no end token")
+    if len(tokenizer) <= len({*tokenizer.all_special_ids}):  # without its files transformers makes one up
+        raise UserError(f"--lm {name} comes without a tokenizer; save that into the same folder (save_pretrained)")
     lm.name = str(name)
     lm_identity(lm)
     return lm.requires_grad_(False).eval(), tokenizer
@@ -166,25 +173,12 @@ def shard(wire, device, dtype):
     wire.to(device)
 
 
-class _Gather(torch.autograd.Function):
-    """Keys and values as they are; their gradients pass once their sharded layer's weights are together again."""
-
-    @staticmethod
-    def forward(ctx, layer, keys, values):
-        ctx.layer = layer
-        return keys.view_as(keys), values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, keys, values):
-        ctx.layer.unshard()
-        return None, keys, values
-
-
 def _gather_before_backward(number, layer, args, kwargs, output):
     """FSDP gets a layer's weights when a gradient reaches its output; keys and values leave it through a Tape."""
     tape = kwargs.get("past_key_values")
-    if isinstance(tape, Tape) and tape.caught[number][0].requires_grad:
-        tape.caught[number] = _Gather.apply(layer, *tape.caught[number])
+    for side in tape.caught[number] if isinstance(tape, Tape) else ():
+        if side.requires_grad:
+            side.register_hook(lambda gradient: layer.unshard())
 
 
 def _offline():
@@ -200,14 +194,15 @@ def _offline():
 
 def _why_not_loaded(name, error):
     text = str(error)
-    if "gated" in text.lower() or re.search("40[13] Client Error", text):
+    said = text.replace(str(name), "").lower()
+    if "gated" in said or re.search("40[13] client error", said):
         return (f"--lm {name}: access is restricted or the name is wrong; accept its licence on its hub page, then "
                 "`hf auth login` or set HF_TOKEN")
-    if "connect" in text.lower() or "offline" in text.lower() or "couldn't reach" in text.lower():
+    if "connect" in said or "offline" in said or "couldn't reach" in said:
         return f"--lm {name}: not in the local cache and the hub cannot be reached; give a local folder or smollm2-135m"
     if "not a valid model identifier" in text or "404 Client Error" in text or "not a local folder" in text:
         return f"--lm {name}: neither a local folder nor a model of the hub"
-    return f"--lm {name}: {(text.strip() or type(error).__name__).splitlines()[0]}"
+    return f"--lm {name}: {' '.join(text.split())[:200] or type(error).__name__}"
 
 
 def write_tensors(path, tensors, about=None):
@@ -227,7 +222,7 @@ def _converted(gguf):
     if folder.exists():
         return folder
     log(f"converting {gguf.name} once, about 20 s ...")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.part")  # several hosts may share it
     try:
         lm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -458,17 +453,12 @@ def check_cache(name, config):
     """Raise UserError for an LM whose cache is not one key and one value a token and layer, turned by RoPE alone."""
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer = all(isinstance(r, dict) for r in rope.values())
-    rope_kinds = {r.get("rope_type") for r in (rope.values() if by_layer else [rope])}
-    why = None
-    if getattr(config, "kv_lora_rank", None):
-        why = "compressed keys and values"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        why = "layers that share their keys and values"
-    elif not rope:
-        why = "no rotary positions"
-    elif rope_kinds & {"dynamic", "longrope"}:
-        why = f"rotary positions that depend on the length of the text ({', '.join(sorted(rope_kinds))})"
-    if why:
+    moving = {r.get("rope_type") for r in (rope.values() if by_layer else [rope])} & {"dynamic", "longrope"}
+    wrong = {"compressed keys and values": getattr(config, "kv_lora_rank", None),
+             "layers that share their keys and values": getattr(config, "num_kv_shared_layers", 0),
+             "no rotary positions": not rope,
+             f"rotary positions that depend on the length of the text ({', '.join(sorted(moving))})": moving}
+    if why := next((what for what, found in wrong.items() if found), None):
         raise UserError(f"--lm {name} has {why}, which no wire can send; take one with plain keys and values, such as "
                         "Llama, Qwen, Mistral or SmolLM")
 
@@ -542,10 +532,11 @@ class _Reading:
 
 
 @torch.no_grad()
-def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False, golds=None):
+def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False, golds=None, at_least=0):
     """Greedy answers of rows of token ids (B lists). latents: what stands in front of them, or at their LATENT places
     (model.Latents). as_ids reads rows without latents as token ids, not as embeddings. golds: token ids of each row's
-    gold answer, whose logits are then computed from the same KV cache, so that the prompt is read once for both."""
+    gold answer, whose logits are then computed from the same KV cache, so that the prompt is read once for both.
+    at_least: so many tokens are read, whatever they say."""
     device = lm.get_input_embeddings().weight.device
     ids = pad(rows, PAD, left=True).to(device)
     real, start = ids != PAD, time.perf_counter()
@@ -570,7 +561,7 @@ def generate(lm, tokenizer, rows, latents=None, max_new_tokens=24, as_ids=False,
         words = zip(token.flatten().tolist(), tokenizer.batch_decode(token))
         done = done | torch.tensor([[number in end or "\n" in text] for number, text in words], device=device)
         first = first or time.perf_counter()  # the token is here: it was decoded
-        if len(tokens) == max_new_tokens or done.all():
+        if len(tokens) == max_new_tokens or len(tokens) >= at_least and done.all():
             break
         place = place + 1
         hidden = reading.read(~done | done, place, inputs_embeds=embed(lm, token))
@@ -639,11 +630,9 @@ def add_lora(lm, ranks, targets, wanted=lambda name, layer, target: True):
 @contextlib.contextmanager
 def use_lora(lm, name):
     """Inside, the LM's LoRA set of that name is on; None: the plain frozen LM."""
-    if not hasattr(lm, "lora_set"):  # never wired: plain anyway
-        yield
-        return
-    before, lm.lora_set.name = lm.lora_set.name, name
+    on = getattr(lm, "lora_set", SimpleNamespace(name=None))  # never wired: plain anyway
+    before, on.name = on.name, name
     try:
         yield
     finally:
-        lm.lora_set.name = before
+        on.name = before

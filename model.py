@@ -447,8 +447,8 @@ class LatentWire(nn.Module):
 
     def choose(self, latents, asks, M=None, least=0):
         """Of Latents of B documents, or of one that all questions are on, the M (default: what the wire was trained
-        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked. least: a
-        length that every document has."""
+        for) that each of B questions sees, by asks (B, S), token ids with PAD right: the late choice of scope asked.
+        least: a length that every document has."""
         latents = self.nearby(latents, asks, least)
         count = torch.full_like(latents.length, M or max(budgets(self.config)))
         need = for_question(latents.need, self.looked_at(latents, asks), latents.kept)

@@ -36,6 +36,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
 from losses import PARTS
+from model import budgets
 from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
@@ -155,6 +156,21 @@ def markdown_table(head, rows):
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
 
+def eval_command(run, rows, ckpt):
+    """The command line that answers rows as a run's evaluation did, with the checkpoint at ckpt."""
+    m, config = run.metrics, SimpleNamespace(**{"wire": "", "latents": "32", "ratio": 0, "scope": "", **run.config})
+    given = m["fingerprint"] | {"seed": m["seed"]}
+    usual = {"latents": max(budgets(config)), "prompt": config.prompt, "max_new_tokens": 24, "seed": 0,
+             "ratio": config.ratio or (1.0 if config.scope == "asked" else None)}
+    fixed = config.ratio and given["ratio"] is None  # --latents in place of the wire's --ratio
+    changed = [f" --{name} {given[name]}" for name, value in usual.items()
+               if given[name] not in (value, None) or fixed and name == "latents"]
+    if config.wire == "kv" and not given.get("predicted"):
+        changed.append(" --read_again")
+    return (f"python eval.py --mode {','.join(rows)} --ckpt {ckpt} --data {Path(m['dataset']).name} "
+            f"--samples {m['samples']}" + "".join(changed))
+
+
 def configuration(run):
     """What was trained and evaluated; of a preserved checkpoint, how to evaluate it again."""
     c, m = run.config, run.metrics
@@ -174,10 +190,8 @@ def configuration(run):
                    f"{m['avg_prompt_tokens'][run.lm]:.0f} tokens on average, {m['device']}")
     if run.format and m:
         ckpt = f"{run.folder.resolve().parent.name}/{run.name}/ckpt"
-        data = f"{Path(m['dataset']).name} --samples {m['samples']}"
         older = f", after `git checkout {READS_OLDER.get(run.format)}`: this version does not read format {run.format}"
-        out.append(f"- **Again**: `python eval.py --mode {run.own} --ckpt {ckpt} --data {data}`"
-                   + (older if run.format < FORMAT else ""))
+        out.append(f"- **Again**: `{eval_command(run, [run.own], ckpt)}`" + (older if run.format < FORMAT else ""))
     return out
 
 

@@ -11,7 +11,6 @@ tells it by kind of answer. Differences are to the first row, question by questi
 import re
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 from common import Parser, run_main, write_atomic
 
@@ -25,8 +24,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from model import budgets
-from report import COLUMNS, Run, cells, markdown_table, percent, short
+from report import COLUMNS, Run, cells, eval_command, markdown_table, percent, short
 from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
@@ -47,18 +45,6 @@ def train_command(config):
     flags = [f"--{name}" + ("" if value is True else f" {shown(value)}") for name, value in config.items()
              if name not in idle and value != usual.get(name)]
     return " ".join([f"python train.py --preset {preset}", *flags, f"--out {config['out']}"])
-
-
-def eval_command(run, rows):
-    config = SimpleNamespace(**run.config)
-    m, usual = run.metrics, {"latents": max(budgets(config)), "prompt": config.prompt, "max_new_tokens": 24, "seed": 0,
-                             "ratio": config.ratio or (1.0 if config.scope == "asked" else None)}
-    given = m["fingerprint"] | {"seed": m["seed"]}
-    changed = [f" --{name} {given[name]}" for name, value in usual.items() if given[name] != value]
-    if run.config["wire"] == "kv" and given.get("predicted") is False:
-        changed.append(" --read_again")
-    return (f"python eval.py --mode {','.join(rows)} --ckpt {run.config['out']}/ckpt/best "
-            f"--data {Path(m['dataset']).name} --samples {m['samples']}" + "".join(changed))
 
 
 def bar(run, row):
@@ -103,8 +89,9 @@ def by_size(found):
                           [[*key, *(line.get(M, "-") for M in SIZES)] for key, line in lines.items()])
 
 
-def block(kind, names):
-    """What stands between two marks: names, a list of ROW@RUN."""
+def block(kind, names, printed=()):
+    """What stands between two marks: names, a list of ROW@RUN. printed: lines that stand further above, which is where
+    a run is trained."""
     pairs = [name.rpartition("@")[::2] for name in names]
     if kind == "kinds":
         return "\n".join(by_kind(pairs))
@@ -118,8 +105,9 @@ def block(kind, names):
     found = [cells(runs[name], row, first) for row, name in pairs]
     if kind in ("runs", "sizes"):
         of = lambda name: [row for row, theirs in pairs if theirs == name]
-        lines = [[train_command(run.config), eval_command(run, of(name))] for name, run in runs.items()]
-        commands = ["```", *dict.fromkeys(sum(lines, [])), "```", ""]
+        lines = [[train_command(run.config), eval_command(run, of(name), f"{run.config['out']}/ckpt/best")]
+                 for name, run in runs.items()]
+        commands = ["```", *(line for line in dict.fromkeys(sum(lines, [])) if line not in printed), "```", ""]
     if kind == "sizes":
         return "\n".join([*commands, *by_size(found)])
     if kind == "table":  # is read in two minutes
@@ -129,9 +117,14 @@ def block(kind, names):
 
 def renewed(text):
     """The text with every marked table written anew."""
-    kind = "runs|table|sizes|bars|kinds"
-    return re.sub(rf"(<!-- ({kind}): ([^\n]*?) -->\n)(?:(?!<!-- (?:{kind}):).)*?(<!-- end -->)",
-                  lambda m: f"{m[1]}\n{block(m[2], m[3].split())}\n\n{m[4]}", text, flags=re.DOTALL)
+    kind, printed = "runs|table|sizes|bars|kinds", set()
+
+    def anew(m):
+        made = block(m[2], m[3].split(), printed)
+        printed.update(made.split("\n"))
+        return f"{m[1]}\n{made}\n\n{m[4]}"
+    return re.sub(rf"(<!-- ({kind}): ([^\n]*?) -->\n)(?:(?!<!-- (?:{kind}):).)*?(<!-- end -->)", anew, text,
+                  flags=re.DOTALL)
 
 
 def main():

@@ -147,32 +147,25 @@ def join(wire, parts):
     and keys are turned to their new positions. Not packed: which places are whose, their widths tell."""
     if len(parts) == 1:
         return parts[0]
-    H, at, turned = len(wire.layout.before), 0, []
-    begins = [0, *itertools.accumulate(part.width - H for part in parts)]
-    parts = [replace(part, kept=[kept + begin for kept in part.kept])
-             for part, begin in zip(parts, begins)]
-    for part in parts:
-        if part.keys is not None:
-            turned.append(turn(wire.lm, part.keys, torch.full_like(part.length[:, None], at)))
-            at += part.length.item() - H
-    length = sum(part.length for part in parts) - H * (len(parts) - 1)
+    H = len(wire.layout.before)
+    begins, starts = ([0, *itertools.accumulate(size - H for size in sizes)] for sizes in (
+        [part.width for part in parts], [part.length.item() for part in parts]))
+    moved = lambda part, by: part.keys and turn(wire.lm, part.keys, torch.full_like(part.length[:, None], by))
+    parts = [replace(part, kept=[kept + begin for kept in part.kept], keys=moved(part, start))
+             for part, begin, start in zip(parts, begins, starts)]
 
-    def beside(sides):
+    def of(name):
         """Of each part a tensor (1, heads or 1, N, ...) a layer -> those of all, the text before once."""
-        if not all(sides):
-            return None
         found = []
-        for layer in zip(*sides):
+        for layer in zip(*(getattr(part, name) or () for part in parts)):
             heads = max(y.shape[1] for y in layer)
             new = [y[:, :, H if number else 0:] for number, y in enumerate(layer)]
             found.append(torch.cat([y.expand(-1, heads, *y.shape[2:]) for y in new], 2))
-        return found
-    of = lambda name: beside([getattr(part, name) for part in parts])
+        return found or None
+    prefix = None if parts[0].keys else torch.cat([part.prefix for part in parts], 1)
     ids = [part.ids[:, H if number else 0:] for number, part in enumerate(parts) if part.ids is not None]
-    latents = Latents(length, of("held"), of("kept"), width=begins[-1] + H, ids=torch.cat(ids, 1) if ids else None)
-    if not turned:
-        return replace(latents, prefix=torch.cat([part.prefix for part in parts], 1))
-    return replace(latents, keys=beside(turned), values=of("values"), need=of("need"))
+    return Latents(torch.full_like(parts[0].length, starts[-1] + H), of("held"), of("kept"), of("keys"), of("values"),
+                   prefix, of("need"), begins[-1] + H, torch.cat(ids, 1) if ids else None)
 
 
 # A document's file is safetensors:
@@ -217,6 +210,8 @@ def save_document(path, document, kind, saved, identity, source):
         write_tensors(part, tensors, about)
         os.replace(part, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise UserError(f"--save {path}: cannot be written ({error})") from None
 
 
@@ -245,8 +240,8 @@ def load_document(path, saved=None, identity=None, device="cpu", dtype=torch.flo
     if identity and any(theirs[key] != identity[key] for key in identity if key != "name"):
         raise UserError(f"--load {path} holds latents for {printable(theirs['name'])}, not for {identity['name']}")
     if saved and about["ckpt_sha256"] != saved.checksum:
-        raise UserError(f"--load {path} was written with another checkpoint than {saved.folder}; give the --ckpt it "
-                        "was saved with")
+        raise UserError(f"--load {path} was written with another checkpoint than {saved.folder or 'none'}; give the "
+                        "--ckpt it was saved with")
     if saved and "places" in tensors and ("need" in tensors) != (saved.config.scope == "asked"):
         raise UserError(f"--load {path} was written with the same weights in another --scope than {saved.folder}; give "
                         "the --ckpt it was saved with")
@@ -302,9 +297,21 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
     folder = Path(folder)
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
-        _write_checkpoint(part, wire, tensors, state, dtype)
+        config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
+        write_tensors(part / "model.safetensors", {name: p.to("cpu", dtype) for name, p in wire.kept().items()})
+        about = {"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}
+        write_atomic(part / "config.json", json.dumps(about, indent=2))
+        if state is not None:
+            write_tensors(part / "optimizer.safetensors", tensors)
+            write_atomic(part / "state.json", json.dumps(state))
+        names = sorted(path.name for path in part.iterdir())
+        write_atomic(part / "manifest.json", json.dumps({name: _sha256(part / name) for name in names}, indent=2))
+        for path in [*part.iterdir(), part]:
+            with contextlib.suppress(PermissionError):  # Windows opens no folder, and syncs no file opened to be read
+                descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+                os.fsync(descriptor)
+                os.close(descriptor)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error})") from None
@@ -312,23 +319,6 @@ def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32)
         shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(part, folder)
-
-
-def _write_checkpoint(part, wire, tensors, state, dtype):
-    config = {field.name: getattr(wire.config, field.name) for field in fields(WireConfig)}
-    write_tensors(part / "model.safetensors", {name: p.detach().to("cpu", dtype) for name, p in wire.kept().items()})
-    about = {"format": FORMAT, "wire": config, "lm": lm_identity(wire.lm)}
-    write_atomic(part / "config.json", json.dumps(about, indent=2))
-    if state is not None:
-        write_tensors(part / "optimizer.safetensors", tensors)
-        write_atomic(part / "state.json", json.dumps(state))
-    names = sorted(path.name for path in part.iterdir())
-    write_atomic(part / "manifest.json", json.dumps({name: _sha256(part / name) for name in names}, indent=2))
-    for path in [*part.iterdir(), part]:
-        with contextlib.suppress(PermissionError):  # Windows opens no folder, and syncs no file opened to be read
-            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-            os.fsync(descriptor)
-            os.close(descriptor)
 
 
 def _sha256(path):

@@ -360,6 +360,20 @@ def test_lm_errors_are_one_line(name, says, tmp_path, monkeypatch):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_lm_whose_weights_or_tokenizer_are_missing_is_refused(tiny, tmp_path):
+    """transformers would draw them at random, or make up a vocabulary of special tokens, and say so in a warning."""
+    shutil.copytree(tiny, tmp_path / "some")
+    weights, name = load_file(tmp_path / "some" / "model.safetensors"), "model.layers.2.mlp.up_proj.weight"
+    for changed in ({}, {name: weights[name][:8].clone()}):
+        save_file({**{key: p for key, p in weights.items() if key != name}, **changed},
+                  tmp_path / "some" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=f"some: 1 weights are missing or of another shape .* such as {name}"):
+            load_lm(str(tmp_path / "some"), device="cpu")
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY)).save_pretrained(tmp_path / "mute")
+    with pytest.raises(UserError, match="mute comes without a tokenizer; save that into the same folder"):
+        load_lm(str(tmp_path / "mute"), device="cpu")
+
+
 ROPE = dict(rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 FAMILIES = [  # an LM's config, its LoRA targets, and what it does otherwise. Texts have 50 to 130 tokens
     ("Llama", "q,k,v,o,gate,up,down", dict(rope_parameters=dict(ROPE, rope_type="llama3"))),
@@ -2465,6 +2479,7 @@ def test_shares_of_tokens(files, changes):
     (dict(scope="asked"), ["--context", "doc.txt", "--export", "out"], "no fixed cache holds"),
     ({}, ["--load", "doc", "--export", "out"], "one head holds more places than another"),
     (dict(lora_rank=0), ["--export", "out"], "has no LoRA"),
+    ({}, ["--context", "doc.txt", "--export", "out", "--save", "x"], "give --save in a call of its own"),
 ])
 def test_what_ask_refuses(files, tmp_path, monkeypatch, changes, flags, says):
     ckpt, _ = files(**changes)
@@ -2489,6 +2504,8 @@ def test_ask_as_a_user_runs_it(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ask, "generate", lambda *given: replace(generate(*given), answers=["\x1b[31mx"]))
     ask_with(ckpt, *given[3:5], "--question", "Where?")
     assert capsys.readouterr().out == " [31mx\n"
+    with pytest.raises(UserError, match="smollm2-135m"):  # of two LMs the one that is given counts, and must be the same
+        ask_with(ckpt, *given[3:5], "--question", "Where?", "--lm", "smollm2-135m")
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
@@ -2538,10 +2555,9 @@ def test_an_untrained_wire_answers_asks_and_is_evaluated(tiny, tmp_path, capsys,
     ask.main(ask.parse_args(doc))
     out, err = capsys.readouterr()
     assert "notice: --prompt chat: no; use --prompt plain: as is done here" in err and len(out.splitlines()) == 1
-    for flags, says in ([], "one of the arguments --ckpt --lm is"), (["--ckpt", "x", "--lm", "y"], "not allowed with"):
-        with pytest.raises(SystemExit):
-            ask.parse_args([*flags, "--context", "x"])
-        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        ask.parse_args(["--context", "x"])
+    assert "one of the arguments --ckpt --lm is" in capsys.readouterr().err
     eval_ = ["eval", "--mode", "anchor,latent,matched", "--lm", tiny, "--ratio", "1", *ASK, "--out", tmp_path / "e"]
     (tmp_path / "e" / "eval").mkdir(parents=True)
     with claim(tmp_path / "e" / "eval"):
@@ -2576,6 +2592,23 @@ def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
     write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
     write_atomic(folder / "eval/predictions.jsonl", "\n".join(map(json.dumps, records)))
     return folder
+
+
+@pytest.mark.parametrize("flags, given, says", [
+    (["--latents", "8,16"], dict(latents=16, ratio=None, seed=0), ""),
+    (["--latents", "8"], dict(latents=16, ratio=None, seed=3, max_new_tokens=4),
+     "--latents 16 --max_new_tokens 4 --seed 3"),
+    (["--ratio", "4"], dict(latents=32, ratio=None), "--latents 32"),
+    (["--ratio", "4"], dict(latents=32, ratio=2.0), "--ratio 2.0"),
+    (["--scope", "asked"], dict(latents=32, ratio=1.0, predicted=False), "--read_again")])
+def test_a_run_tells_the_command_that_measured_it(flags, given, says, tmp_path):
+    """Every flag that is not what eval.py takes from the checkpoint by itself."""
+    write_config(tmp_path, "--lm", "x", "--prompt", "plain", *flags)
+    usual = {"prompt": "plain", "max_new_tokens": 24, "predicted": True}
+    seed = given.pop("seed", 0)
+    run_ = report.Run(fake_run(tmp_path, {"latent": 0.5}, seed=seed, fingerprint={**usual, **given}))
+    command = "python eval.py --mode latent --ckpt c --data squad --samples 2"
+    assert report.eval_command(run_, ["latent"], "c") == " ".join([command, *[says] * bool(says)])
 
 
 def write_config(folder, *flags):
@@ -2693,6 +2726,9 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RUNS", kept)
     lines = results.block("runs", [f"latent@{copy.name}", f"latent_shuffled@{alone.name}"]).split("\n")
     assert "| tiny | latent | 137 | 12 |" in lines[-2].replace(copy.name, "tiny") and "| +0.0 [0.0, 0.0] |" in lines[-1]
+    marked = f"<!-- runs: latent@{copy.name} -->\n<!-- end -->\n"
+    told = results.renewed(marked * 2).split("\n")
+    assert [told.count(line) for line in lines[1:3]] == [1, 1] and sum("| latent | 137" in line for line in told) == 2
     for start, says in (("kept/2026-01-01_smollm2_squad_x/ckpt", "137 after x's"), ("y/ckpt/best", "137 after y's")):
         begun = report.Run(copy)
         begun.config["start"] = start
