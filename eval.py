@@ -89,9 +89,10 @@ def place_row(metrics, row, name, result, late):
 
 def table(out):
     """The rows evaluated so far, scores with 95% intervals."""
-    head, rows = score_table(Run(out))
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in [head, *rows])
+    head, rows = score_table(run := Run(out))
+    lines = [head, *([name, *cells] for name, (_, *cells) in zip(run.rows, rows))]  # by the names that --mode takes
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def read_earlier(folder, fingerprint):
