@@ -145,7 +145,7 @@ def join_paragraphs(examples, prompt, tokens, seed):
     rng, found = random.Random(f"join {seed}"), []
     contexts = list(dict.fromkeys(example.context for example in examples))
     length = dict(zip(contexts, map(len, prompt.tokenize([" " + context for context in contexts]))))
-    for article in by_article(examples):
+    for article in grouped(examples, lambda example: example.title or example.context):
         texts, room = [], 0
         for questions in grouped(article, lambda example: example.context):
             room -= length[questions[0].context]
@@ -526,8 +526,9 @@ def grouped(things, key):
 
 
 def by_article(examples):
-    """The Examples of each article, or of each context where none is named."""
-    return grouped(examples, lambda example: example.title or example.context)
+    """The Examples of each article, or of each context where none is named or one for all."""
+    articles = grouped(examples, lambda example: example.title or example.context)
+    return articles if len(articles) > 1 else grouped(examples, lambda example: example.context)
 
 
 def group_by_context(items):

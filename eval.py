@@ -59,9 +59,9 @@ import torch.distributed as dist
 
 from data import Prompt, checksum, load_data, synthetic_chance
 from lm import check_length, join, lm_identity, load_lm, pick_device, shard
-from model import LatentWire, budgets, untrained
+from model import LatentWire, untrained
 from report import Run, score_table
-from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row,
+from rows import (ROWS, evaluate_row, f1_score, how_many, interval, own_row, read_latents, rows_of, split_row,
                   summary, words_of)
 from store import (FORMATS, SCALE_BITS, group_size, load_wire, place_values, read_checkpoint, stored_bytes,
                    vector_width)
@@ -263,20 +263,14 @@ def evaluate(args, rows, lm, prompt, wire, items, metrics, records, out):
 
 def say(args, title, metrics, items, comparison, out):
     """Print the table and what it says, or with --json all of metrics.json."""
-    lines = [title, table(out)]
+    if args.json:
+        print(json.dumps(metrics, indent=2))
+        return
+    print(title, table(out), sep="\n")
     if args.data == "synthetic":
         chance = synthetic_chance([item.example for item in items])
-        lines.append(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
-    print(json.dumps(metrics, indent=2) if args.json else "\n".join([*lines, *comparison]))
-
-
-def how_many(args, config):
-    """(M, tokens per latent or None) that the rows are answered at: what is asked for, else what the wire was trained
-    for."""
-    M = args.latents or max(budgets(config))
-    if config.scope == "asked":
-        return M, args.ratio or config.ratio or 1.0
-    return M, args.ratio or (None if args.latents else config.ratio) or None
+        print(f"chance level, a random fact of the right kind out of the passage: EM {100 * chance:.1f}")
+    print(*comparison, sep="\n", end="\n" * bool(comparison))
 
 
 def main():
@@ -308,7 +302,7 @@ def main():
         shard(wire, device, dtype)
     if args.read_again and wire:
         wire.predictor = None
-    M, ratio = how_many(args, config)
+    M, ratio = how_many(config, args.latents, args.ratio)
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
     if args.mode == "all" and len({item.example.context for item in items}) == 1:

@@ -36,8 +36,7 @@ if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
 from losses import PARTS
-from model import budgets
-from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
+from rows import ROWS, exact_match, f1_score, how_many, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = (*(part for part in PARTS if part != "entropy"), "more", "find", "entropy")  # more, find: of older runs
@@ -160,9 +159,9 @@ def eval_command(run, rows, ckpt):
     """The command line that answers rows as a run's evaluation did, with the checkpoint at ckpt."""
     m, config = run.metrics, SimpleNamespace(**{"wire": "", "latents": "32", "ratio": 0, "scope": "", **run.config})
     given = m["fingerprint"] | {"seed": m["seed"]}
-    usual = {"latents": max(budgets(config)), "prompt": config.prompt, "max_new_tokens": 24, "seed": 0,
-             "ratio": config.ratio or (1.0 if config.scope == "asked" else None)}
-    fixed = config.ratio and given["ratio"] is None  # --latents in place of the wire's --ratio
+    M, ratio = how_many(config)
+    usual = {"latents": M, "prompt": config.prompt, "max_new_tokens": 24, "seed": 0, "ratio": ratio}
+    fixed = ratio and given["ratio"] is None  # --latents in place of the wire's --ratio
     changed = [f" --{name} {given[name]}" for name, value in usual.items()
                if given[name] not in (value, None) or fixed and name == "latents"]
     if config.wire == "kv" and not given.get("predicted"):

@@ -89,6 +89,15 @@ def own_row(config):
     return "text_lora" if config.keep == "all" else f"{config.keep}_lora"
 
 
+def how_many(config, latents=None, ratio=None):
+    """(M, tokens per latent or None) that a wire's rows are answered at: what is asked for, else what it was trained
+    for."""
+    M = latents or max(budgets(config))
+    if config.scope == "asked":
+        return M, ratio or config.ratio or 1.0
+    return M, ratio or (None if latents else config.ratio) or None
+
+
 def rows_of(config):
     """The rows that a wire can answer."""
     lacks = {"kv": {"adapter"}, "embeds": set(), "tokens": {"latent", "latent_shuffled", "adapter"}}[config.wire]

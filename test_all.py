@@ -1582,6 +1582,10 @@ def test_of_one_article_paragraphs_are_held_out(tiny, tmp_path):
     config = Config(data=str(tmp_path / "all.jsonl"), out=str(tmp_path / "run"), samples=99, eval_samples=3)
     given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
     assert {item.example.context for item in given} == {f"context {i}" for i in range(8)} and len(dev) == 3
+    config = replace(config, data="synthetic", eval_data=config.data)  # what picks the checkpoint does not measure it
+    _, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    measured = {example.context for example in load_data(train.unseen(config))}
+    assert len(measured) == 5 and not measured & {item.example.context for item in dev}
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -179,7 +179,6 @@ def load_items(config, prompt):
         else:  # the last 4.5% of the articles (20 of SQuAD's 442), or of the contexts of a file that names none; more,
             # up to a fifth, where those have few questions
             groups = by_article(train)
-            groups = groups if len(groups) > 1 else grouped(train, lambda example: example.context)  # one title for all
             n = max(1 + (len(groups) >= 5), round(0.045 * len(groups)))
             while n < len(groups) // 5 and sum(map(len, groups[-n:])) < 2 * config.eval_samples:
                 n += 1
