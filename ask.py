@@ -45,8 +45,8 @@ def parse_args(argv=None):
     size = p.add_argument_group("the latents")
     size.add_argument("--latents", type=int, help="M (default: the checkpoint's); in scope asked what a question sees")
     size.add_argument("--ratio", type=float, help="tokens per latent; in scope asked how densely a text is stored")
-    size.add_argument("--save", metavar="FILE", help="write the latents to FILE.safetensors; in scope asked the text's "
-                      "token ids, too")
+    size.add_argument("--save", metavar="FILE", help="write the latents to FILE; in scope asked also the text's "
+                      "token ids")
     size.add_argument("--format", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="default int8")
     other = p.add_argument_group("other")
     other.add_argument("--export", metavar="DIR", help="write the reader's LoRA, and the document if any, for other "
@@ -170,8 +170,8 @@ def check(args, config):
     if args.save and args.export:
         raise UserError("--export keeps as many latents in every head, which answers worse; give --save in a call of "
                         "its own")
-    if args.save and Path(args.save).resolve() == Path(args.context).resolve():
-        raise UserError(f"--save {args.save} is the text itself; give another name")
+    if args.save and Path(args.save).exists() and Path(args.save).suffix != ".safetensors":
+        raise UserError(f"--save {args.save} is there, and by its name no file of latents; give another name")
     if document and config.wire == "tokens":
         raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
     if document and config.scope == "prompt":
@@ -206,7 +206,7 @@ def read_document(args, wire, saved):
     log(f"{T} tokens -> {count} latents ({T / count:.1f}x), {len(text.encode()):,} bytes of text, "
         f"{size:,} bytes of latents in {args.format}, {time.perf_counter() - began:.2f} s")
     if args.save:
-        save_document(args.save, document, args.format, saved, lm_identity(wire.lm), text)
+        save_document(args.save, document, args.format, saved, lm_identity(wire.lm))
         log(f"saved to {args.save}, {Path(args.save).stat().st_size:,} bytes")
     return document
 

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if message.startswith("unrecognized arguments: "):
-            flag = message.split()[2]
+            flag = message.removeprefix("unrecognized arguments: ").split(" ")[0] or "''"
             near = difflib.get_close_matches(flag.split("=")[0], self._option_string_actions, 1)
             message = (f"{flag} is not a flag of {self.prog}; "
                        + (f"did you mean {near[0]}?" if near else "--help lists them all"))

@@ -317,7 +317,7 @@ class Prompt:
         self.anchor, self.repeat, *around = self.tokenize(["Answer:", "\nRepeat:", "\nQuestion:", "\n"])
         self.around = np.concatenate([*around, self.post, self.anchor])  # every question
         self.end = tokenizer.eos_token_id
-        self.cut = self.answers_cut = 0  # contexts that were cut; those of them that lost every gold answer
+        self.cut = self.answers_cut = 0  # questions whose context was cut; those of them that lost every gold answer
 
     def _around_user(self):
         """What a chat template puts before and behind the user's text."""

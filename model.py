@@ -192,7 +192,7 @@ def ridge(square, cross):
 class Latents(Tensors):
     """What the reader gets of B documents. Wire kv: keys and values, a tensor (B, heads, N, d_head) a layer. Wire
     embeds: prefix (B, M, d), and the text before it is text."""
-    length: object   # (B,) how many places a head holds on average: the position of the first token behind them
+    length: object   # (B,) the position of the first token behind them: of how many places a head has on average
     held: list       # (B, heads, N) bool a layer, which places there are; or (B, 1, N) where all heads hold the same
     kept: list       # (B, heads, N) or (B, 1, N) a layer: which of the document's places each is
     keys: list = None
@@ -320,7 +320,8 @@ class LatentWire(nn.Module):
 
     def stored(self, length, M=None, ratio=None):
         """How many latents a source of `length` tokens is stored in: M, or ceil(length / ratio), never more than
-        there are tokens. Without either, what the wire was trained for, of several the most."""
+        there are tokens. Without either, what the wire was trained for, of several the most. In scope asked the ratio
+        alone decides."""
         if self.layout.late:
             return budget(length, None, ratio or self.config.ratio or 1.0)
         ratio = self.config.ratio if M is None and ratio is None else ratio
@@ -380,8 +381,7 @@ class LatentWire(nn.Module):
     def encode(self, source, each=False):
         """Source -> Latents, of all places of the text: which of them are latents, `held` says (`Latents.packed` drops
         the others). The LM reads before and text with the encoder's LoRA (`read`); how much each token is needed, it
-        reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many, and no
-        others are there."""
+        reads behind them without gradient, or it is predicted (`needed`). each: every head holds as many."""
         H, (embeds, hidden, text) = len(self.layout.before), self.read(source)
         need = self.needed(source, text)
         if source.asks is not None:
@@ -395,9 +395,8 @@ class LatentWire(nn.Module):
             return Latents(source.length, [there], [kept], prefix=prefix, width=text.width)
         # Turned together: the text's last key would stand where the last of its latents stands in the cache.
         keys = turn(self.lm, text.keys, (source.length - text.length)[:, None] * (text.kept[0][:, 0] >= H))
-        latents = replace(text, length=source.length, held=held, keys=keys, need=need if self.layout.late else None,
-                          ids=source.ids)
-        return latents.packed([source.most] * len(keys)) if each else latents
+        return replace(text, length=source.length, held=held, keys=keys, need=need if self.layout.late else None,
+                       ids=source.ids)
 
     def needed(self, source, text):
         """How much each place of the encoder's pass (text, as Latents) is needed when the LM reads it again: (B, heads,
@@ -462,8 +461,7 @@ class LatentWire(nn.Module):
         if batch.document is None:
             return latents
         alone = len(batch.source.ids) == 1  # then no row needs a copy of all of it
-        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees,
-                           batch.least)
+        return self.choose(latents if alone else latents.rows(batch.document), batch.asks, batch.sees, batch.least)
 
     def logits(self, batch, latents=None, keep=None, lora="reader"):
         """Logits (A, V) of the positions that predict the batch's answer tokens; `keep` (A,) bool selects some of them.

@@ -48,7 +48,8 @@ ROWS = {
     "raw": Row("Raw embeddings", "the same prompt through inputs_embeds: must equal `text` token by token", _text),
     "anchor": Row("Anchor embeddings", 'raw, and the anchor "Answer:" after it, which every row below has too',
                   _anchor),
-    "token_budget": Row("Token budget", "the user's text cut to its first M tokens", _budget, "budget"),
+    "token_budget": Row("Token budget", "the user's text cut to as many tokens as there are latents", _budget,
+                        "budget"),
     "truncated": Row("Truncated context", "the first M tokens of the context, and the question", _kept, "truncated"),
     "selective": Row("Selective-Context", "the M tokens of the context that surprise the LM most, and the question",
                      _kept, "selective"),
@@ -75,11 +76,11 @@ def split_row(name):
     row, at, own = name.partition("@")
     known = ROWS.get(row)
     sent = known and known.latents in ("own", "other")
-    number = known and (sent or known.keep) and own.isdigit() and int(own) > 0
+    number = known and (sent or known.keep) and own.isdecimal() and int(own) > 0
     if not known or at and not (number or sent and own in FORMATS):
         raise UserError(f"--mode {name} is unknown; there are {', '.join(ROWS)}, own, all, latent@16 or truncated@16 "
                         "for another M, latent@int8 for another format")
-    return row, int(own) if own.isdigit() else None, own if own in FORMATS else None
+    return row, int(own) if own.isdecimal() else None, own if own in FORMATS else None
 
 
 def own_row(config):
@@ -143,9 +144,9 @@ def interval(values, over=None):
 # What the latents are measured against
 
 def kept_tokens(keep, lm, prompt, items, counts, rare=None):
-    """Of each item the tokens that a rival keeps: a list of (n,) arrays, n at most counts[b]. keep: truncated,
-    selective (depends on the context alone), matched (rare (V,): how much a word counts, see `model.rarity`), all, or
-    budget: the first of everything the user wrote."""
+    """Of each item the tokens that a rival keeps: a list of (n,) arrays, n at most counts[b] but for all. keep:
+    truncated, selective (depends on the context alone), matched (rare (V,): how much a word counts, see
+    `model.rarity`), all, or budget: the first of everything the user wrote."""
     if keep == "all":
         return [item.context for item in items]
     if keep == "truncated":
@@ -286,8 +287,8 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
     row = ROWS[name]
     if own:  # of a document that is stored at a ratio, that many are seen
         M, ratio = own, ratio if wire and wire.layout.late else None
-    elif wire and not M:
-        ratio = ratio or wire.config.ratio or None
+    if wire:
+        M, ratio = how_many(wire.config, M, ratio)
     others = [items[o] for o in other_contexts(items)] if row.latents == "other" else items
     rare = None if row.keep != "matched" else wire.rarity if wire else words_of(prompt, lm)
     answers, ids, hits, total = [None] * len(items), [None] * len(items), [], Counter()
@@ -299,8 +300,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
             latents, rows, done = read_latents(row, wire, given, [others[i] for i in chunk], M, ratio, form or "fp32")
             total.update(done)
         else:
-            size = M or (max(budgets(wire.config)) if wire else 32)
-            rows = read_text(row, wire, lm, prompt, given, size, ratio, rare)
+            rows = read_text(row, wire, lm, prompt, given, M or 32, ratio, rare)
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)
         total.update(encode_s=time.perf_counter() - began, tokens_read=sum(map(len, rows)))

