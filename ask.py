@@ -50,7 +50,7 @@ def parse_args(argv=None):
     size.add_argument("--format", default="int8", choices=("fp32", "fp16", "int8", "int4"), help="default int8")
     other = p.add_argument_group("other")
     other.add_argument("--export", metavar="DIR", help="write the reader's LoRA, and the document if any, for other "
-                       "programs; with --export or --save nothing is asked but --question")
+                       "programs; with --export or --save the terminal is not asked for questions")
     other.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
     args = p.parse_args(argv)
     if args.ckpt is None and args.lm is None:

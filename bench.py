@@ -53,8 +53,9 @@ def parse_args(argv=None):
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
     p.add_argument("--ckpt", help=f"checkpoint of a trained wire, for {', '.join(TRAINED)}")
     p.add_argument("--samples", type=int, default=50, help="questions of those (default 50)")
-    p.add_argument("--repeats", type=int, default=5, help="of each measurement; medians are reported (default 5)")
-    p.add_argument("--batch", type=int, default=15, help="questions a step in `train` (default 15)")
+    p.add_argument("--repeats", type=int, default=5, help="of each measurement, from 4,096 tokens on one; medians are "
+                   "reported (default 5)")
+    p.add_argument("--batch", type=int, default=15, help="questions a step in train, profile and plan (default 15)")
     p.add_argument("--lengths", type=numbers, help="tokens of the texts in `answer`, `scale`, `articles`, by commas "
                                                    "(default: their own)")
     p.add_argument("--out", default="runs/bench", help="folder (default runs/bench)")
@@ -301,7 +302,7 @@ def bench_answer(args):
 
 @torch.no_grad()
 def bench_scale(args):
-    """Encoding by the text's length, in chunks of --max_prompt_tokens: linear is T^1."""
+    """Encoding by the text's length, in chunks of 1,024 tokens at most: linear is T^1."""
     (wire, _, text), lengths, taken = long_texts(args), args.lengths or [512, 2048, 8192, 16384], []
     counts = {"M = 32": lambda T: min(32, T), "T / M = 8": lambda T: max(1, T // 8)}
     for T in lengths:
@@ -584,9 +585,9 @@ def main(args):
     parts = [part for part in PARTS if part in args.parts or "all" in args.parts and part != "peers"
              and (args.ckpt or part not in TRAINED)]
     path = Path(args.out) / "bench.json"
-    found = read_json(path)
+    found, given = read_json(path), args.lm
     for part in parts:
-        args.lm = args.lm if part in TRAINED else args.lm or "smollm2-135m"
+        args.lm = given if part in TRAINED else given or "smollm2-135m"
         lm = args.ckpt if part in TRAINED else args.lm
         print(f"== {part} ({lm}, {torch.get_num_threads()} CPU threads)", flush=True)
         found[part] = {"lm": lm, "result": globals()[f"bench_{part}"](args)}

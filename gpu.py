@@ -21,8 +21,8 @@ from pathlib import Path
 
 from common import Parser, UserError, log, read_json, read_lines, run_main, write_atomic
 
-PARTS = ("facts", "checks", "train", "eval", "bench")
-SHARES = {"facts": 1, "checks": 5, "train": 8, "eval": 6, "bench": 4}  # of --minutes; later ones get what is left over
+# The parts in order, and their shares of --minutes; what one leaves over, later ones get.
+PARTS = {"facts": 1, "checks": 5, "train": 8, "eval": 6, "bench": 4}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # bf16 FLOP/s, dense, as sold
 LOGIT_BOUND = 0.25  # mean |difference| of log-probabilities that rounding to bf16 may make in a small LM
 
@@ -255,7 +255,7 @@ def main(args):
     found = read_json(path)
     for part in wanted:
         started = time.monotonic()
-        later = sum(map(SHARES.get, wanted[wanted.index(part) + 1:])) / sum(map(SHARES.get, wanted))
+        later = sum(map(PARTS.get, wanted[wanted.index(part) + 1:])) / sum(map(PARTS.get, wanted))
         end = over - 60 * args.minutes * later
         log(f"== {part} ({max(0, over - started):.0f} s left)")
         try:

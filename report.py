@@ -49,7 +49,7 @@ KEEP_PREDICTIONS, KEEP_BYTES = 200, 25 * 2**20  # of a preserved copy: answers w
 # A run and what its figures say
 
 class Run:
-    """A run's files, read once. Anything may be missing."""
+    """A run's files, read once. Raises UserError where there is neither an evaluation nor a logged step."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -64,7 +64,8 @@ class Run:
         self.dev = [record for record in history if record.get("kind") == "train" and "f1" in record]
         self.format = read_json(self.folder / "ckpt" / "config.json").get("format")  # of a preserved checkpoint
         if not self.metrics and not self.steps:
-            raise UserError(f"{folder} has neither eval/metrics.json nor logs/train_diagnostics.jsonl; train it first")
+            raise UserError(f"{folder} has no eval/metrics.json, and no step yet in logs/train_diagnostics.jsonl; "
+                            "train it first")
         for record in self.steps:  # the LM may have been trained and evaluated under two names
             record["model"], = record["models"].values()
         self.lm = next(iter(self.metrics.get("avg_prompt_tokens", {}) or self.steps[-1]["models"]))
@@ -79,6 +80,12 @@ class Run:
     def last(self, key):
         """A value of the last diagnostics record: of the model, or of the step; None where it has none."""
         return self.steps[-1]["model"].get(key, self.steps[-1].get(key)) if self.steps else None
+
+    def scores(self, row):
+        """(scores, wall clock in s) of a row. Raises UserError where it was not evaluated."""
+        if row not in self.rows:
+            raise UserError(f"{self.folder} has no row {row}; it has {', '.join(self.rows)}")
+        return self.rows[row]
 
 
 def percent(value, ci=None):
@@ -111,9 +118,7 @@ def short(name):
 
 def cells(run, row, first=None):
     """{column: text} of one row of a run; first: the (run, row) that it is compared with."""
-    if row not in run.rows:
-        raise UserError(f"{run.folder} has no row {row}; it has {', '.join(run.rows)}")
-    (s, wall), about, text = run.rows[row], ROWS[split_row(row)[0]], run.rows.get("text")
+    (s, wall), about, text = run.scores(row), ROWS[split_row(row)[0]], run.rows.get("text")
     at, number = row.partition("@")[2], lambda key, form: form.format(s[key]) if key in s else "-"
     best = max(run.dev, key=lambda record: record["f1"], default=run.end)  # what ckpt/best had seen
     start = [part for part in Path(run.config.get("start", "")).parts if part not in ("ckpt", "best", "last")]
@@ -157,13 +162,15 @@ def markdown_table(head, rows):
 
 def eval_command(run, rows, ckpt):
     """The command line that answers rows as a run's evaluation did, with the checkpoint at ckpt."""
-    m, config = run.metrics, SimpleNamespace(**{"wire": "", "latents": "32", "ratio": 0, "scope": "", **run.config})
+    m, config = run.metrics, SimpleNamespace(**{"wire": "", "latents": "32", "ratio": 0, "scope": "",
+                                                  "max_prompt_tokens": 1024, **run.config})
     given = m["fingerprint"] | {"seed": m["seed"]}
     M, ratio = how_many(config)
-    usual = {"latents": M, "prompt": config.prompt, "max_new_tokens": 24, "seed": 0, "ratio": ratio}
+    usual = {"split": "dev", "latents": M, "prompt": config.prompt, "max_prompt_tokens": config.max_prompt_tokens,
+             "max_new_tokens": 24, "seed": 0, "ratio": ratio}
     fixed = ratio and given["ratio"] is None  # --latents in place of the wire's --ratio
     changed = [f" --{name} {given[name]}" for name, value in usual.items()
-               if given[name] not in (value, None) or fixed and name == "latents"]
+               if given.get(name) not in (value, None) or fixed and name == "latents"]
     if config.wire == "kv" and not given.get("predicted"):
         changed.append(" --read_again")
     return (f"python eval.py --mode {','.join(rows)} --ckpt {ckpt} --data {Path(m['dataset']).name} "
@@ -280,8 +287,8 @@ def preserve(run, folder, name, scores=False):
 
 
 def without_paths(text):
-    """Paths of the machine that it ran on become file names."""
-    return re.sub(r'(?<=["\s,=])(?:/|\.\.?/)[^"\s,:]*/', "", text)
+    """Paths of the machine that it ran on become file names, those of checkpoints RUN/ckpt/best."""
+    return re.sub(r'(?<=["\s,=])(?:/|\.\.?/)(?:[^"\s,:]*/)?(?!(?:ckpt|best|last)\b)(?=\w)', "", text)
 
 
 def index(folder):

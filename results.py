@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from common import Parser, run_main, write_atomic
+from common import Parser, UserError, run_main, write_atomic
 
 
 def parse_args(argv=None):
@@ -49,7 +49,7 @@ def train_command(config):
 
 def bar(run, row):
     """One row's F1 as a line, a block for two percent."""
-    s = run.rows[row][0]
+    s = run.scores(row)[0]
     what = f"{ROWS[split_row(row)[0]].heading.strip('*')} ({s['tokens_read']:.0f} tokens)"
     return f"{what:<42}{'█' * round(50 * s['f1'])} {100 * s['f1']:.1f}"
 
@@ -95,11 +95,13 @@ def block(kind, names, printed=()):
     pairs = [name.rpartition("@")[::2] for name in names]
     if kind == "kinds":
         return "\n".join(by_kind(pairs))
-    if kind == "bars":
-        return "\n".join(["```", *(bar(Run(RUNS / name), row) for row, name in pairs), "```"])
     runs = {name: Run(RUNS / name) for _, name in pairs}
+    if kind == "bars":
+        return "\n".join(["```", *(bar(runs[name], row) for row, name in pairs), "```"])
     if kind == "sizes":
         pairs = [(f"{row}@{M}", name) for row, name in pairs for M in SIZES if f"{row}@{M}" in runs[name].rows]
+        if not pairs:
+            raise UserError(f"sizes: {' '.join(names)}: none was evaluated at an M of {', '.join(map(str, SIZES))}")
     columns, commands = SHORT if kind == "table" else COLUMNS, []
     first = runs[pairs[0][1]], pairs[0][0]
     found = [cells(runs[name], row, first) for row, name in pairs]

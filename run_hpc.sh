@@ -145,6 +145,7 @@ gpu)
 "" | -*)
   # The HPC run. Uses .venv if there is one, else the python of the environment that is active.
   [[ -x "$python" ]] || python=python3
+  [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec "$python" train.py --help
   read -r gpus preset out < <("$python" -c 'import torch, common, train
 common.run_main(lambda: print(torch.cuda.device_count(), (c := train.parse_config()).preset, c.out))' "$@")
   if [[ "$gpus" -eq 0 ]]; then  # the presets for SmolLM2 run without one

@@ -1716,7 +1716,7 @@ def test_a_row_is_answered_at_what_its_wire_was_trained_for(tiny):
 def test_names_of_rows():
     assert split_row("latent@16") == ("latent", 16, None) and split_row("latent@int8") == ("latent", None, "int8")
     assert split_row("truncated_lora@8") == ("truncated_lora", 8, None)
-    for name in ("magic", "text@4", "matched@int8", "latent@0", "latent@x", "latent@", "adapter@4", ""):
+    for name in ("magic", "text@4", "matched@int8", "latent@0", "latent@x", "latent@", "latent@²", "adapter@4", ""):
         with pytest.raises(UserError, match=f"--mode {name} is unknown; there are text, raw"):
             split_row(name)
     lacks = [set(ROWS) - set(rows_of(WireConfig(wire=wire))) for wire in ("kv", "embeds", "tokens")]
@@ -1726,6 +1726,7 @@ def test_names_of_rows():
     rival = WireConfig(wire="tokens", keep="all")
     assert evaluation.choose_rows("own,text,text_lora", rival, True) == ["text_lora", "text"]
     assert evaluation.choose_rows("own", untrained("tiny"), False) == ["latent"]
+    assert evaluation.choose_rows("all, truncated@8", rival, True) == [*rows_of(rival), "truncated@8"]
 
 
 @torch.no_grad()
@@ -1880,7 +1881,7 @@ def test_the_last_articles_are_held_out(tiny, tmp_path, articles, n, held):
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples))
     config = Config(data=str(tmp_path / "all.jsonl"), out=str(tmp_path / "run"), samples=9999, eval_samples=n)
     (tmp_path / "run").mkdir()
-    given, _ = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    given, *_ = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
     assert {item.example.title for item in given} == {f"article {i}" for i in range(articles - held)}
 
 
@@ -1889,11 +1890,11 @@ def test_of_one_article_paragraphs_are_held_out(tiny, tmp_path):
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples))
     (tmp_path / "run").mkdir()
     config = Config(data=str(tmp_path / "all.jsonl"), out=str(tmp_path / "run"), samples=99, eval_samples=3)
-    given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    given, dev, _ = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
     assert {item.example.context for item in given} == {f"context {i}" for i in range(8)} and len(dev) == 3
     config = replace(config, data="synthetic", eval_data=config.data)  # what picks the checkpoint does not measure it
-    _, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
-    measured = {example.context for example in load_data(train.unseen(config))}
+    _, dev, held = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    measured = {example.context for example in held}
     assert len(measured) == 5 and not measured & {item.example.context for item in dev}
 
 
@@ -1904,16 +1905,18 @@ def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(asdict(example)) + "\n" for example in part))
     config = Config(data=str(tmp_path / "all.jsonl"), out=str(tmp_path / "run"), samples=999, eval_samples=8,
                     eval_data="" if own else str(tmp_path / "dev.jsonl"))
-    given, dev = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    given, dev, held = load_items(config, Prompt(load_lm(tiny, device="cpu")[1], "plain"))
     of = [{item.example.title for item in part} for part in (given, dev)]
-    of.append({example.title for example in load_data(train.unseen(config), "dev", 200)})
+    of.append({example.title for example in held})
     assert all(of) and not (of[0] & of[1] or of[0] & of[2] or of[1] & of[2]) and len(dev) == 8
-    given, _ = load_items(replace(config, join=60), Prompt(load_lm(tiny, device="cpu")[1], "plain"))
+    given, *_ = load_items(replace(config, join=60), Prompt(load_lm(tiny, device="cpu")[1], "plain"))
     assert {item.example.context.count("context") for item in given} > {1, 3}
     squad = Config(data="squad", out=str(tmp_path / "run"))
     assert [train.unseen(c) for c in (squad, replace(squad, data="synthetic"))] == ["squad", "synthetic"]
     config = replace(squad, data="synthetic", samples=400, eval_samples=50)
-    passages = [{item.example.context for item in part} for part in load_items(config, Prompt(smollm()[1], "plain"))]
+    *parts, held = load_items(config, Prompt(smollm()[1], "plain"))
+    passages = [{item.example.context for item in part} for part in parts]
+    assert not held
     passages.append({example.context for example in load_data("synthetic", "dev", 200)})
     assert not (passages[0] & passages[1] or passages[0] & passages[2] or passages[1] & passages[2])
 
@@ -2038,6 +2041,9 @@ def test_resume_goes_on_with_this_wire_alone(tiny, trained, tmp_path):
     with claim(out):
         assert f"--out {out} is in use by process {os.getpid()}" in launch(*flags, "--resume", code=2)[1]
     shutil.rmtree(out / "ckpt" / "best")  # a copy of ckpt/last alone: whatever its F1 was, there is a best again
+    launch(*flags, "--resume")
+    assert (out / "ckpt" / "best" / "manifest.json").exists()
+    shutil.rmtree(out / "ckpt" / "best")
     _, said = launch(*flags, "--resume", "--epochs", "2", "--lr", "5e-3")  # a finished run goes on
     assert "--lr was 0.05, goes on as 0.005" in said and len(logged(out)[0]) == 2 * len(logged(trained)[0])
     assert (out / "ckpt" / "best" / "manifest.json").exists()
@@ -2507,7 +2513,7 @@ def test_ask_as_a_user_runs_it(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ask, "generate", lambda *given: replace(generate(*given), answers=["\x1b[31mx"]))
     ask_with(ckpt, *given[3:5], "--question", "Where?")
     assert capsys.readouterr().out == " [31mx\n"
-    with pytest.raises(UserError, match="smollm2-135m"):  # of two LMs the one that is given counts, and must be the same
+    with pytest.raises(UserError, match="smollm2-135m"):  # the LM that is given counts, and must be the same
         ask_with(ckpt, *given[3:5], "--question", "Where?", "--lm", "smollm2-135m")
 
 
@@ -2555,11 +2561,13 @@ def fake_run(folder, f1s, said=("x y", "<b>z"), **more):
      "--latents 16 --max_new_tokens 4 --seed 3"),
     (["--ratio", "4"], dict(latents=32, ratio=None), "--latents 32"),
     (["--ratio", "4"], dict(latents=32, ratio=2.0), "--ratio 2.0"),
+    (["--ratio", "4"], dict(latents=32, ratio=4.0, split="train", max_prompt_tokens=512),
+     "--split train --max_prompt_tokens 512"),
     (["--scope", "asked"], dict(latents=32, ratio=1.0, predicted=False), "--read_again")])
 def test_a_run_tells_the_command_that_measured_it(flags, given, says, tmp_path):
     """Every flag that is not what eval.py takes from the checkpoint by itself."""
     write_config(tmp_path, "--lm", "x", "--prompt", "plain", *flags)
-    usual = {"prompt": "plain", "max_new_tokens": 24, "predicted": True}
+    usual = {"prompt": "plain", "max_prompt_tokens": 1024, "max_new_tokens": 24, "predicted": True}
     seed = given.pop("seed", 0)
     run_ = report.Run(fake_run(tmp_path, {"latent": 0.5}, seed=seed, fingerprint={**usual, **given}))
     command = "python eval.py --mode latent --ckpt c --data squad --samples 2"
@@ -2651,6 +2659,13 @@ def test_runs_are_compared_by_what_they_are_trained_for(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path, kept", [
+    ("/home/x/runs/a/ckpt/best", "a/ckpt/best"), ("../a/ckpt", "a/ckpt"), ("/data/train.json", "train.json"),
+    ("preserved_data/a/ckpt", "preserved_data/a/ckpt"), ("runs/a", "runs/a"), ("../a", "a"), ("3 / 4", "3 / 4")])
+def test_a_preserved_run_names_no_folder_of_its_machine(path, kept):
+    assert report.without_paths(json.dumps({"start": path})) == json.dumps({"start": kept})
+
+
 def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "datetime", SimpleNamespace(now=lambda zone: datetime(2026, 1, 2, tzinfo=zone)))
     out, kept = shutil.copytree(trained, tmp_path / "run"), tmp_path / "kept"
@@ -2692,8 +2707,11 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     again = vars(parse_config(lines[1].split()[2:])) | {"lm": str(tiny)}
     differs = {key for key, value in read_json(out / "config.json").items() if again[key] != value}
     assert differs <= {"resume", "out", "device"}
-    with pytest.raises(UserError, match="has no row text_lora; it has text, latent"):
-        results.block("table", [f"text_lora@{copy.name}"])
+    for kind in ("table", "bars"):
+        with pytest.raises(UserError, match="has no row text_lora; it has text, latent"):
+            results.block(kind, [f"text_lora@{copy.name}"], ())
+    with pytest.raises(UserError, match="none was evaluated at an M of 4, 8"):
+        results.block("sizes", [f"latent@{copy.name}"])
     about = copy / "ckpt/config.json"
     about.write_text(about.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
     assert f"git checkout {READS_OLDER[FORMAT - 1]}" in report.index(kept)  # which reads that checkpoint

@@ -8,8 +8,8 @@ Train a wire: the LoRA sets of encoder and reader in one frozen LM.
     python train.py --preset squad --wire tokens --keep all      # the rival that reads all of the text
     python train.py --preset demo --resume                       # goes on from runs/demo/ckpt/last
 
-Every value below is a flag. Writes OUT/config.json, OUT/logs/training.log, OUT/logs/train_diagnostics.jsonl,
-OUT/eval/metrics_history.jsonl, OUT/ckpt/last and OUT/ckpt/best (by dev F1).
+Every value below is a flag. Writes OUT/config.json, OUT/held_out.jsonl (questions for eval.py), OUT/logs/training.log,
+OUT/logs/train_diagnostics.jsonl, OUT/eval/metrics_history.jsonl, OUT/ckpt/last and OUT/ckpt/best (by dev F1).
 """
 import contextlib
 import json
@@ -93,7 +93,7 @@ class Config(WireConfig):
                             "GPU that has it, else float32; CPUs with AVX512-BF16 or AMX are faster in bfloat16)")
 
 
-# The recipe is the same everywhere: presets differ in LM, data and length.
+# Presets differ in LM, data and length; those of the small LM also in what its small batches want.
 SMOLLM = dict(lm="smollm2-135m", prompt="plain", batch=16, lora_rank=8, first=0.5, entropy=0.0)
 PRESETS = {
     "default": {},  # the recommended run of the specification
@@ -112,7 +112,7 @@ TOPICS = {"lm": "the LM and its prompt", "scope": "the wire", "data": "data", "e
 def parse_config(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = Parser(__doc__)
-    p.usage = "%(prog)s [flags]"  # there are forty
+    p.usage = "%(prog)s [flags]"  # there are too many
     for f in fields(Config):
         if f.name in TOPICS:
             add = p.add_argument_group(TOPICS[f.name]).add_argument
@@ -164,11 +164,12 @@ def unseen(config):
 
 
 def load_items(config, prompt):
-    """(training items, dev items). The dev slice is fixed by the seed, and none of its articles is among those that
-    eval.py is pointed to. Of SQuAD it is articles of the training file: eval.py answers the dev file."""
+    """(training items, dev items, the held out Examples that neither trains nor picks a checkpoint). The dev slice is
+    fixed by the seed, and none of its articles is among those that eval.py is pointed to. Of SQuAD it is articles of
+    the training file: eval.py answers the dev file."""
     flat = lambda groups: [example for group in groups for example in group]
     joined = lambda examples: join_paragraphs(examples, prompt, config.join, config.seed) if config.join else examples
-    eval_data = config.eval_data or config.data
+    eval_data, measure = config.eval_data or config.data, []
     train = joined(load_data(config.data, "train", config.samples if config.data == "synthetic" else None, config.seed))
     if eval_data == "synthetic":
         # Other passages than eval.py's by the same seed: what picks the checkpoint is not what measures it.
@@ -189,9 +190,6 @@ def load_items(config, prompt):
                  "the only one, so what picks the checkpoint measures it too; all are")
         log(f"notice: {len(held)} articles or contexts of {eval_data} are held out; the dev slice is {len(dev)} "
             f"questions of {which} in {config.out}/held_out.jsonl")
-        if first_process():
-            lines = "".join(json.dumps(asdict(example)) + "\n" for example in measure)
-            write_atomic(Path(config.out) / "held_out.jsonl", lines)
     if config.samples < len(train):
         # Whole paragraphs, so that packing finds the questions that share one.
         groups = grouped(train, lambda example: example.context)
@@ -204,7 +202,7 @@ def load_items(config, prompt):
                         "more data")
     items = prompt.items(train), prompt.items(dev)
     prompt.report_cuts(config.data)
-    return items
+    return *items, measure
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,7 +248,7 @@ def memory(device):
 def keep_steps(path, step):
     """Drop the records of a .jsonl file that are past a step: a resumed run will write them again."""
     if path.exists():
-        kept = [record for record in read_lines(path) if record.get("global_step", 0) <= step]
+        kept = [record for record in read_lines(path) if record.get("global_step", -1) <= step]
         write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -301,7 +299,7 @@ def main():
             device = join(device, config.timeout)
             if world > 1:
                 stack.callback(dist.destroy_process_group)
-            return train(config, rank, world, device, dtype, why, stack)
+            return train(set_up(config, rank, world, device, dtype, why, stack))
         except RuntimeError as error:
             if world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
                 raise UserError(f"process {rank} lost another one ({' '.join(str(error).split())[:120]}); nothing "
@@ -373,6 +371,7 @@ class Run:
     optimizer: object
     items: list
     dev: list
+    held: list                # Examples for held_out.jsonl
     plan: Plan
     state: State
     bar: object
@@ -432,7 +431,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
     optimizer = make_optimizer(wire, sizes, config)
 
     # data
-    items, dev = load_items(config, prompt)
+    items, dev, held = load_items(config, prompt)
     plan = Plan(config, items, micro)
     texts, questions = [items[group[0]].context for group in plan.groups], [item.question for item in items]
     wire.rarity.copy_(rarity(texts, questions, prompt.around, len(wire.rarity)))
@@ -456,7 +455,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
         DDP._set_params_and_buffers_to_ignore_for_model(
             wire, [n for n, p in wire.named_parameters() if not p.requires_grad] + [n for n, _ in wire.named_buffers()])
         model = DDP(wire, broadcast_buffers=False)
-    run = Run(config, Path(config.out), rank, world, device, wire, model, optimizer, items, dev, plan, state, bar,
+    run = Run(config, Path(config.out), rank, world, device, wire, model, optimizer, items, dev, held, plan, state, bar,
               Path(lm.name).name, [])
     count = lambda wanted: sum(p.numel() for p in wire.parameters() if p.requires_grad == wanted)
     run.note(f"{run.name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}, {world} "
@@ -491,9 +490,10 @@ def restore(config, wire, optimizer, data):
     if changed := state.data not in ("", data):
         log("notice: the questions are not those that this run began with; it may have been trained on some of the dev "
             f"slice and of {out}/held_out.jsonl")
-    if changed or not any((out / "ckpt" / name).exists() for name in ("best", "best.old")):
+    kept = any((out / "ckpt" / name).exists() for name in ("best", "best.old"))
+    if changed or not kept:
         state.best_f1 = -1.0  # that of other questions, or of weights that are not here
-    return replace(state, data=data)
+    return replace(state, data=data, finished=state.finished and kept)
 
 
 def make_batch(run, rows, M):
@@ -555,15 +555,15 @@ def log_steps(run, window, norm, seconds):
     n, histogram = sum(size for size, *_ in window), sum((words for *_, words in window), Counter())
     mean = lambda key: sum(size * shown.get(key, 0.0) for size, shown, _ in window) / n
     epoch, epoch_step, _ = run.plan.steps[state.step - 1]
-    dominant, tf, hit = histogram.most_common(5), mean("tf"), mean("hit")
+    dominant, tf, hit, mode = histogram.most_common(5), mean("tf"), mean("hit"), own_row(config)
     record = {
         "epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
         "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"],
         "sec_per_step": seconds / min(config.log_every, state.step - run.bar.initial),
-        "samples_per_sec": n / seconds, "skipped_steps": state.skipped, "mode": "latent", "K": config.K,
+        "samples_per_sec": n / seconds, "skipped_steps": state.skipped, "mode": mode, "K": config.K,
         "first_weight": config.first, "prediction_diversity": len(histogram) / n, "dominant_predictions": dominant,
         "models": {run.name: {
-            "mode": "latent", **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
+            "mode": mode, **{key: mean(key) for key in PARTS if key != "entropy"}, "entropy_loss": mean("entropy"),
             "first_acc": hit, "first_acc_top5": mean("hit5"), "first_entropy": mean("first_entropy"),
             "first_token_logit_stats": {"max_prob": mean("max"), "second_prob": mean("second"),
                                         "margin": mean("max") - mean("second"), "top5_entropy": mean("top5_entropy")},
@@ -648,16 +648,19 @@ def clock(run, began):
     return max(run.state.step / len(run.plan) if len(run.plan) else 1.0, timed), stopping > 0
 
 
-def train(config, rank, world, device, dtype, why, stack):
-    run = set_up(config, rank, world, device, dtype, why, stack)
-    state = run.state
+def train(run):
+    """Go on with a Run to its end, or to a signal. Returns the exit code."""
+    config, state = run.config, run.state
     for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
         signal.signal(number, lambda received, frame: run.stopping.append(received))
     run.wire.train()
     began, window, ticked = time.time() - state.elapsed, [], time.time()
     progress, stop = clock(run, began)
-    if rank == 0 and not (state.finished and progress >= 1):  # logs lose what will be written again
+    if run.rank == 0 and not (state.finished and progress >= 1):  # logs lose what will be written again
         write_atomic(run.out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
+        if run.held:
+            held = "".join(json.dumps(asdict(example)) + "\n" for example in run.held)
+            write_atomic(run.out / "held_out.jsonl", held)
         for path in (run.out / "logs" / "train_diagnostics.jsonl", run.out / "eval" / "metrics_history.jsonl"):
             keep_steps(path, state.step)
     while progress < 1 and not stop:
