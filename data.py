@@ -470,8 +470,8 @@ def pack(rows, starts=None):
 def lay_source(before, texts, counts, repeat, asks=None):
     """The Source of texts (each (T,) token ids), counts[b] <= T latents each. Behind each text stands the text once
     more, behind the cue `repeat`; asks[b] (token ids), where given, choose its latents."""
-    behind = lambda front: pad([np.concatenate([front, text]) for text in texts], PAD)
-    return Source(behind(before), behind(repeat), len(before) + torch.tensor(counts), len(before) + max(counts),
+    with_front = lambda front: pad([np.concatenate([front, text]) for text in texts], PAD)
+    return Source(with_front(before), with_front(repeat), len(before) + torch.tensor(counts), len(before) + max(counts),
                   pad(asks, PAD) if asks else None)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from common import UserError, check_own, write_atomic
-from lm import LORA_SCALE, write_tensors
+from lm import LORA_SCALE
+from store import write_tensors
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 

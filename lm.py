@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -203,14 +202,6 @@ def _why_not_loaded(name, error):
     if "not a valid model identifier" in text or "404 Client Error" in text or "not a local folder" in text:
         return f"--lm {name}: neither a local folder nor a model of the hub"
     return f"--lm {name}: {' '.join(text.split())[:200] or type(error).__name__}"
-
-
-def write_tensors(path, tensors, about=None):
-    """Write {name: tensor} as safetensors. about: metadata, of str. Not by its save_file, whose files are for the user
-    alone and whose errors are no OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    path.write_bytes(save(tensors, about or {"format": "pt"}))
 
 
 def _converted(gguf):

@@ -29,7 +29,7 @@ Words, one meaning each:
                    stand near its words (`nearby`)
 
 Shapes: B rows, T source tokens, M latents, N cached places (before, latents), S tokens that the LM reads, A answer
-tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass.
+tokens, d the LM's width, V the vocabulary; W columns of the encoder's pass, the first H of them before.
 """
 import math
 from dataclasses import dataclass, field, replace

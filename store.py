@@ -14,17 +14,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError, log, write_atomic
-from lm import lm_identity, turn, write_tensors
+from lm import lm_identity, turn
 from model import LatentWire, Latents, WireConfig
 
 FORMAT = 6  # of the checkpoint folder, and of what its weights mean; another is refused. From ee1a745 on it may have a
 # predictor, which earlier commits cannot apply. Up to 590f892 a question chose otherwise, in long documents up to
 # b07f13d: wires of scope asked and prompt from then answer a little otherwise
 READS_OLDER = {4: "d78f6d1", 5: "73f4a51"}  # the last commit that reads a format
+
+
+def write_tensors(path, tensors, about=None):
+    """Write {name: tensor} as safetensors. about: metadata, of str. Not by its save_file, whose files are for the user
+    alone and whose errors are no OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    path.write_bytes(save(tensors, about or {"format": "pt"}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,7 +88,7 @@ def through(latents, kind):
 
 
 def vector_width(lm, wire):
-    """The width of what is sent: a head's keys and values, or the LM's own."""
+    """The width of what a wire, "kv" or "embeds", sends: a head's keys and values, or the LM's own."""
     config = lm.config
     if wire != "kv":
         return config.hidden_size
