@@ -68,8 +68,8 @@ from data import LATENT, PAD, Example, Prompt, pad, whole
 from export import export
 from lm import embed, generate, importance, lm_identity, load_lm, positions, use_lora
 from model import LatentWire, untrained
-from store import (Checkpoint, Document, encode, join, load_document, load_wire, printable, read_checkpoint,
-                   save_document, stored_bytes)
+from store import (Checkpoint, Document, encode, is_document, join, load_document, load_wire, printable,
+                   read_checkpoint, save_document, stored_bytes)
 
 BATCH = 25  # questions at once
 
@@ -170,8 +170,8 @@ def check(args, config):
     if args.save and args.export:
         raise UserError("--export keeps as many latents in every head, which answers worse; give --save in a call of "
                         "its own")
-    if args.save and Path(args.save).exists() and Path(args.save).suffix != ".safetensors":
-        raise UserError(f"--save {args.save} is there, and by its name no file of latents; give another name")
+    if args.save and Path(args.save).exists() and not is_document(args.save):
+        raise UserError(f"--save {args.save} is there and no file of latents; give another name")
     if document and config.wire == "tokens":
         raise UserError(f"--ckpt {args.ckpt} makes no latents (--wire tokens); give one trained with --wire kv")
     if document and config.scope == "prompt":

@@ -220,6 +220,15 @@ def save_document(path, document, kind, saved, identity):
         raise UserError(f"--save {path}: cannot be written ({error})") from None
 
 
+def is_document(path):
+    """Whether a file is one of latents, of this version or another."""
+    try:
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("format", "").startswith("latentwire")
+    except (OSError, SafetensorError):
+        return False
+
+
 def _sha256_of(tensors, about):
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode("utf-8"))
     for name, x in sorted(tensors.items()):

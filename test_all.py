@@ -2474,7 +2474,8 @@ def test_inspect_shows_what_is_kept_and_looked_at(files, tmp_path, capsys, chang
 @pytest.mark.parametrize("changes, flags, says", [
     ({}, ["--context", "doc.txt", "--latents", "0"], "--latents 0 must be"),
     ({}, ["--context", "doc.txt", "--ratio", "inf"], "--ratio inf must be"),
-    ({}, ["--context", "doc.txt", "--save", "./doc.txt"], "by its name no file of latents"),
+    ({}, ["--context", "doc.txt", "--save", "./doc.txt"], "is there and no file of latents"),
+    ({}, ["--context", "doc.txt", "--save", "ckpt/model.safetensors"], "is there and no file of latents"),
     ({}, ["--context", "doc.txt", "--ratio", "1", "--export", "."], "README.md is there and of something else"),
     ({}, ["--context", "doc.txt", "--inspect"], "a --question"),
     ({}, ["--load", "x", "--save", "y"], "--save needs the text"),
