@@ -375,7 +375,7 @@ def bench_documents(args):
     wire = trained_wire(args, of_text, "documents needs a wire whose latents stand for a text alone")
     examples = load_data(args.data, "dev", 20 * args.samples if args.data == "synthetic" else None)
     random.Random(0).shuffle(examples)
-    articles = list({example.title or example.context: example for example in examples}.values())
+    articles = list({example.article: example for example in examples}.values())
     contexts = {example.context: example for example in [*articles, *examples]}  # of other articles where there are
     items = wire.prompt.items(list(contexts.values())[:args.samples])
     if len(items) < 4:

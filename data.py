@@ -56,6 +56,11 @@ class Example:
     answers: tuple  # of str, every annotator's
     title: str = ""  # of the article, where the file names one
 
+    @property
+    def article(self):
+        """What names the article that it is of: the context itself where the file does not."""
+        return self.title or self.context
+
 
 def load_data(source, split="train", samples=None, seed=0):
     """The list of Examples of `source`: "squad", "synthetic" or a path (then `split` does not matter).
@@ -145,7 +150,7 @@ def join_paragraphs(examples, prompt, tokens, seed):
     rng, found = random.Random(f"join {seed}"), []
     contexts = list(dict.fromkeys(example.context for example in examples))
     length = dict(zip(contexts, map(len, prompt.tokenize([" " + context for context in contexts]))))
-    for article in grouped(examples, lambda example: example.title or example.context):
+    for article in grouped(examples, lambda example: example.article):
         texts, room = [], 0
         for questions in grouped(article, lambda example: example.context):
             room -= length[questions[0].context]
@@ -527,7 +532,7 @@ def grouped(things, key):
 
 def by_article(examples):
     """The Examples of each article, or of each context where none is named or one for all."""
-    articles = grouped(examples, lambda example: example.title or example.context)
+    articles = grouped(examples, lambda example: example.article)
     return articles if len(articles) > 1 else grouped(examples, lambda example: example.context)
 
 

@@ -58,7 +58,7 @@ import numpy as np
 import torch.distributed as dist
 
 from data import Prompt, checksum, load_data, synthetic_chance
-from lm import check_length, join, load_lm, pick_device, shard
+from lm import check_length, join, lm_identity, load_lm, pick_device, shard
 from model import LatentWire, untrained
 from report import Run, score_table
 from rows import (ROWS, evaluate_row, f1_score, how_many, interval, own_row, read_latents, rows_of, split_row,
@@ -182,16 +182,20 @@ def describe_latents(metrics, name, result, items, wire):
 # ------------------------------------------------------------------------------------------------
 # The evaluation
 
+def named(mode):
+    """The names in --mode."""
+    return [part.strip() for part in mode.split(",")]
+
+
 def choose_rows(mode, config, trained):
     """The names of --mode's rows. config: of the wire, trained or not. Raises UserError for a row that is none or that
     this wire cannot answer."""
     can = [name for name in rows_of(config) if trained or not ROWS[name].lora]
-    named = [part.strip() for part in mode.split(",")]
-    if "all" in named and (missing := [name for name in ROWS if name not in can]):
+    if "all" in named(mode) and (missing := [name for name in ROWS if name not in can]):
         why = f"--wire {config.wire} has none" if trained else "no --ckpt (latent by name: of an untrained wire)"
         log(f"notice: {', '.join(missing)} are left out: {why}")
     meant = {"all": can, "own": [own_row(config)]}
-    rows = list(dict.fromkeys(row for name in named for row in meant.get(name, [name])))
+    rows = list(dict.fromkeys(row for name in named(mode) for row in meant.get(name, [name])))
     for name in rows:
         row = split_row(name)[0]
         if row not in can and (trained or ROWS[row].latents not in ("own", "other")):
@@ -304,15 +308,15 @@ def main():
     M, ratio = how_many(config, args.latents, args.ratio)
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
-    if "all" in args.mode.split(",") and len({item.example.context for item in items}) == 1:
+    if "all" in named(args.mode) and len({item.example.context for item in items}) == 1:
         rows = [row for row in rows if ROWS[row].latents != "other"]
         log("notice: latent_shuffled is left out: all questions are on one context")
     name = Path(lm.name).name
     log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
 
-    fingerprint = {"lm": name, "lm_sha256": lm.identity["weights_sha256"], "ckpt": saved.checksum if saved else None,
-                   "split": args.split, "data": checksum(items), "prompt": prompt.style,
-                   "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
+    fingerprint = {"lm": name, "lm_sha256": lm_identity(lm)["weights_sha256"],
+                   "ckpt": saved.checksum if saved else None, "split": args.split, "data": checksum(items),
+                   "prompt": prompt.style, "max_prompt_tokens": prompt.max_prompt_tokens, "latents": M, "ratio": ratio,
                    "predicted": bool(wire and wire.predictor is not None), "max_new_tokens": args.max_new_tokens,
                    "device": device.type, "dtype": str(dtype), **provenance()}
     metrics, records = read_earlier(out / "eval", fingerprint)
