@@ -61,10 +61,9 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     arguments = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-import numpy as np
 import torch
 
-from data import LATENT, PAD, Example, Prompt, pad, whole
+from data import PAD, Example, Prompt, pad, whole
 from export import export
 from lm import embed, generate, importance, lm_identity, load_lm, positions, use_lora
 from model import LatentWire, untrained
@@ -78,13 +77,8 @@ BATCH = 25  # questions at once
 # Answers
 
 def asked(wire, latents, items):
-    """What the reader reads of items and their Latents, a row of token ids each: behind the cache of a kv wire, or with
-    an embeds wire's vectors in it."""
-    rows = [wire.layout.after(item) for item in items]
-    if latents.keys is not None:
-        return rows
-    front = np.concatenate([wire.layout.before, np.full(latents.prefix.shape[1], LATENT)])
-    return [np.concatenate([front, row]) for row in rows]
+    """What the reader reads of items and their Latents, a row of token ids each."""
+    return [wire.reads(item, 0 if latents.prefix is None else latents.prefix.shape[1]) for item in items]
 
 
 def answer(wire, latents, items, max_new_tokens):
@@ -116,19 +110,21 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
         latents = wire.choose(together, pad([wire.layout.after(item) for item in items], PAD).to(wire.lm.device), sees)
     else:
         latents = together.for_each(len(items))
-    needed, before = needs(wire, latents, items), documents[0].before
+    before, tells = documents[0].before, len(documents) > 1 or together.ids is not None
+    needed = needs(wire, latents, items) if tells else []
     told, found = answer(wire, latents, items, max_new_tokens), []
     for b, question in enumerate(questions):
         reply = {"question": whole(question), "answer": printable(told.answers[b]),
                  "probability": round(told.sure[b], 4)}
-        share = latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before, [layer[b] for layer in needed])
+        share = tells and latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before,
+                                                                  [layer[b] for layer in needed])
         if len(documents) > 1:
             parts = share.split([document.latents.width - before for document in documents])
             most_needed = max(range(len(parts)), key=lambda number: parts[number].sum())
             reply["document"] = printable(documents[most_needed].title)
         elif together.ids is not None:
             ids, at = together.ids[0, before:], int(share.argmax())
-            reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip()
+            reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip(" \ufffd")
         found.append(reply)
     return found
 
@@ -143,7 +139,7 @@ def inspect(wire, latents, question, args):
         latents = wire.choose(latents, pad([wire.layout.after(item)], PAD).to(wire.lm.device), args.latents)
     before = len(wire.layout.before)
     ids = latents.ids[0, before:]
-    words = [printable(wire.prompt.tokenizer.decode([token])) for token in ids]
+    words = list(map(printable, wire.prompt.pieces(ids)))
     often = latents.of_tokens(len(ids), before)
     print(f"{len(ids)} tokens, marked \u00b7 + * # by how often one is kept:\n")
     marks = ["\u00b7+*#"[n - 1:n] for n in (often / often.max() * 4.999).int().tolist()]

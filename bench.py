@@ -48,7 +48,8 @@ def numbers(text):
 
 def parse_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("parts", nargs="+", help=f"some of {', '.join(PARTS)}, or all")
+    p.add_argument("parts", nargs="+", metavar="part", choices=[*PARTS, "all"],
+                   help=f"some of {', '.join(PARTS)}, or all")
     p.add_argument("--lm", help="language model (default smollm2-135m, for --ckpt the one it was trained for)")
     p.add_argument("--data", default="synthetic", help="where texts come from (default synthetic)")
     p.add_argument("--ckpt", help=f"checkpoint of a trained wire, for {', '.join(TRAINED)}")
@@ -80,7 +81,7 @@ from ask import replies
 from data import Prompt, group_by_context, load_data
 from lm import DTYPES, _attend_and_note, autocast, checkpoint_layers, generate, load_lm, positions, use_lora
 from model import Latents, LatentWire, WireConfig, budgets
-from report import markdown_table, percent
+from report import markdown_table, spread
 from rows import evaluate_row, f1_score, interval, kept_tokens, own_row
 from store import Document, encode, join, load_wire, place_values, read_checkpoint
 
@@ -89,14 +90,18 @@ LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072)  # as its config.json says
 
 
-def setup(args, most=5000, dtype=None, **changes):
-    """(wire, items): a fresh LM with a wire around it, and `most` tokenised examples, those of a paragraph together."""
+def fresh_wire(args, dtype=None, **changes):
+    """A wire that nothing has been trained for, around a fresh LM."""
     torch.manual_seed(0)
     lm, tokenizer = load_lm(args.lm, dtype, args.device, wired=True)
     changes = {"prompt": "plain", "lora_rank": 8, "max_prompt_tokens": min(1024, positions(lm)), **changes}
-    prompt = Prompt(tokenizer, "plain", changes["max_prompt_tokens"])
-    wire = LatentWire(lm, WireConfig(lm=args.lm, **changes), prompt).train()
-    return wire, prompt.items(load_data(args.data, "train", 500 if args.data == "synthetic" else None)[:most])
+    return LatentWire(lm, WireConfig(lm=args.lm, **changes), Prompt(tokenizer, "plain", changes["max_prompt_tokens"]))
+
+
+def setup(args, most=5000, **changes):
+    """(wire, items): a fresh wire, and `most` tokenised examples, those of a paragraph together."""
+    wire, samples = fresh_wire(args, **changes), 500 if args.data == "synthetic" else None
+    return wire, wire.prompt.items(load_data(args.data, "train", samples)[:most])
 
 
 def seconds(run):
@@ -151,11 +156,6 @@ def peak_bytes(run, device):
     with Meter() as meter:  # a process's own peak says more of its allocator, which keeps what is freed
         run()
     return meter.peak
-
-
-def spread(values):
-    """Shares (n,) in percent: their mean and its 95% interval."""
-    return percent(np.mean(values), interval(values))
 
 
 def trained_wire(args, fits, needs):
@@ -215,15 +215,15 @@ def bench_train(args):
     wire, items = setup(args)
     rows = questions_of(args, items)
     alone = [[item] for row in rows for item in row]
-    saving = setup(args)[0]
+    saving = fresh_wire(args)
     checkpoint_layers(saving.lm)
     contenders = {"kv": step_of(wire, rows), "kv, one question a row": step_of(wire, alone),
                   "kv, --grad_checkpoint": step_of(saving, rows),
-                  **{f"kv, --dtype {dtype}": step_of(setup(args, dtype=getattr(torch, dtype))[0], rows)
+                  **{f"kv, --dtype {dtype}": step_of(fresh_wire(args, getattr(torch, dtype)), rows)
                      for dtype in DTYPES if getattr(torch, dtype) != wire.lm.dtype},
-                  "embeds": step_of(setup(args, wire="embeds")[0], rows)}
+                  "embeds": step_of(fresh_wire(args, wire="embeds"), rows)}
     for keep in ("truncated", "all"):
-        contenders[f"tokens {keep}"] = step_of(setup(args, wire="tokens", keep=keep)[0], rows)
+        contenders[f"tokens {keep}"] = step_of(fresh_wire(args, wire="tokens", keep=keep), rows)
     times, n = side_by_side(contenders, args.repeats), len(alone)
     peaks = {name: peak_bytes(run, wire.rarity.device) for name, run in contenders.items()}
     table([f"{n} questions a step", "questions/s", "of kv", "peak MB of tensors"],
@@ -378,9 +378,10 @@ def bench_documents(args):
     articles = list({example.article: example for example in examples}.values())
     contexts = {example.context: example for example in [*articles, *examples]}  # of other articles where there are
     items = wire.prompt.items(list(contexts.values())[:args.samples])
-    if len(items) < 4:
-        raise UserError(f"documents needs four contexts, --data {args.data} has {len(items)}; give more data, or raise "
-                        "--samples")
+    of = [item.example.article for item in items]
+    if len({*of}) < 4:
+        raise UserError(f"documents needs contexts of four articles, {len(items)} of --data {args.data} have "
+                        f"{len({*of})}; give more data, or raise --samples")
     H, rng = len(wire.layout.before), random.Random(0)
     stored = [Document(encode(wire, item.context, wire.stored(len(item.context))), H, str(n))
               for n, item in enumerate(items)]
@@ -388,7 +389,7 @@ def bench_documents(args):
     for count in (1, 2, 4):
         f1, right = [], []
         for n, item in enumerate(items):
-            numbers = rng.sample([other for other in range(len(items)) if other != n], count - 1) + [n]
+            numbers = rng.sample([other for other in range(len(items)) if of[other] != of[n]], count - 1) + [n]
             rng.shuffle(numbers)
             documents = [stored[number] for number in numbers]
             together = join(wire, [document.latents for document in documents])
@@ -451,6 +452,8 @@ def bench_articles(args):
     articles, result, rows = {}, {}, []
     for example in load_data(args.data, "dev", 2000 if args.data == "synthetic" else None):
         articles.setdefault(example.title, []).append(example)
+    if len(articles) == 1:
+        log(f"notice: --data {args.data} names no articles: it is read as one, of which five questions are asked")
     for T in args.lengths or (1024, 2048, 4096, 8000):
         rng, f1, at = random.Random(T), {}, []
         for title in rng.sample(sorted(articles), len(articles)):
@@ -578,8 +581,6 @@ def bench_peers(args):
 def main(args):
     check_counts(args, "repeats", "samples", "batch")
     for part in args.parts:
-        if part not in (*PARTS, "all"):
-            raise UserError(f"{part} is unknown; there are {', '.join(PARTS)}, all")
         if part in TRAINED and not args.ckpt:
             raise UserError(f"{part} needs a trained wire: give --ckpt")
     parts = [part for part in PARTS if part in args.parts or "all" in args.parts and part != "peers"
@@ -590,7 +591,7 @@ def main(args):
         args.lm = given if part in TRAINED else given or "smollm2-135m"
         lm = args.ckpt if part in TRAINED else args.lm
         print(f"== {part} ({lm}, {torch.get_num_threads()} CPU threads)", flush=True)
-        found[part] = {"lm": lm, "result": globals()[f"bench_{part}"](args)}
+        found[part] = {"of": lm, "result": globals()[f"bench_{part}"](args)}
         write_atomic(path, json.dumps(found, indent=2) + "\n")
     log(f"written: {path}")
 

@@ -149,12 +149,18 @@ def find_row(metrics, row, lm):
 
 
 def write_atomic(path, text):
-    """Write text under a temporary name, then rename: a reader sees the old file or the new one, never half."""
+    """Write text under a temporary name, then rename: a reader sees the old file or the new one, never half. Raises
+    OSError, naming the file, and leaves nothing behind."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error})") from None

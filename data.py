@@ -329,11 +329,11 @@ class Prompt:
         user = "\u241fuser\u241f"  # marks where that goes in the rendered template
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
         # Not today's date: a wire must read tomorrow what it was trained on. And no thoughts before the answer.
-        template = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}" + self.tokenizer.get_chat_template()
         try:
+            template = self.tokenizer.get_chat_template()
             rendered = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True,
-                date_string="01 Jan 2025", enable_thinking=False)
+                messages, tokenize=False, add_generation_prompt=True, date_string="01 Jan 2025", enable_thinking=False,
+                chat_template="{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}" + template)
             before, after = rendered.split(user)
         except Exception as error:  # whatever its template raises
             raise UserError("--prompt chat: this tokenizer's template does not take a system and a user message "
@@ -349,6 +349,19 @@ class Prompt:
             ids = self.tokenizer([self.mark + text for text in texts[start:start + 5000]], add_special_tokens=False,
                                  split_special_tokens=True, return_attention_mask=False).input_ids
             found += [np.array(row[self.skip:], np.int32) for row in ids]
+        return found
+
+    def pieces(self, ids):
+        """The text that each of some token ids (n,) adds to those before it, "" where a character is not yet whole."""
+        found, begin, last, said = [], 0, 0, ""
+        for n in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[begin:n])
+            whole_one = n == len(ids) or not text.endswith("\ufffd")
+            found.append(text[len(said):] if whole_one else "")
+            if whole_one:
+                if n - begin >= 32:  # from the last whole character on: a long text must not be decoded over and over
+                    begin, text = last, self.tokenizer.decode(ids[last:n])
+                last, said = n, text
         return found
 
     def items(self, examples):
@@ -515,7 +528,7 @@ def epoch_plan(groups, lengths, batch, micro, seed, epoch, per_row=1):
 
 
 def checksum(items):
-    """Of Items' ids, contexts, questions and answers, in order."""
+    """Of Items' ids, contexts, questions, answers and titles, in order."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr(item.example).encode("utf-8", "surrogatepass"))

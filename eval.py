@@ -8,6 +8,7 @@ Evaluate: answer the same questions through every row of rows.py, and say what e
 Writes OUT/eval/metrics.json, predictions.jsonl, metrics_history.jsonl and OUT/logs/embedding_baseline.log.
 """
 import json
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,10 +31,11 @@ def parse_args(argv=None):
     add = p.add_argument_group("by which row, LM and wire").add_argument
     add("--mode", default="all", help="rows, comma-separated: own is the one that the wire was trained for, all "
                                       "(default) are those that this LM or wire can answer")
-    add("--ckpt", help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
+    add("--ckpt", type=os.path.expanduser, help="checkpoint folder of a trained wire, e.g. runs/demo/ckpt/best")
     add("--lm", help="hub id, local folder, .gguf file, or smollm2-135m (default: the checkpoint's, else smollm2-135m)")
     add("--prompt", choices=("plain", "chat"), help="prompt style (default: the checkpoint's, else plain)")
-    add("--max_prompt_tokens", type=int, help="contexts are cut to fit (default: the checkpoint's, else 1024)")
+    add("--max_prompt_tokens", type=int, help="contexts are cut to fit, and read at once (default: the "
+                                                   "checkpoint's, else 1024)")
     add("--latents", type=int, help="M (default: the checkpoint's, else 32)")
     add("--ratio", type=float, help="tokens per latent: M = ceil(T / ratio) for each text, in place of --latents; in "
                                     "scope asked how densely a document is stored")
@@ -46,7 +48,7 @@ def parse_args(argv=None):
                                              "large for a GPU")
     add("--device", help="cuda, cuda:1, cpu (default: a GPU where there is one)")
     add("--dtype", help="float32 or bfloat16 (default: bfloat16 on a GPU that has it, else float32)")
-    add("--out", help="folder to write to (default: the checkpoint's run, else runs/eval)")
+    add("--out", type=os.path.expanduser, help="folder to write to (default: the checkpoint's run, else runs/eval)")
     add("--json", action="store_true", help="print metrics.json in place of the table")
     return p.parse_args(argv)
 
@@ -58,11 +60,11 @@ import numpy as np
 import torch.distributed as dist
 
 from data import Prompt, checksum, load_data, synthetic_chance
-from lm import check_length, join, lm_identity, load_lm, pick_device, shard
-from model import LatentWire, untrained
+from lm import check_length, join_processes, lm_identity, load_lm, pick_device, shard
+from model import LatentWire, how_many, untrained
 from report import Run, score_table
-from rows import (ROWS, evaluate_row, f1_score, how_many, interval, own_row, read_latents, rows_of, split_row,
-                  summary, words_of)
+from rows import (ROWS, evaluate_row, f1_score, interval, own_row, read_latents, rows_of, split_row, summary,
+                  words_of)
 from store import (FORMATS, SCALE_BITS, group_size, load_wire, place_values, read_checkpoint, stored_bytes,
                    vector_width)
 
@@ -83,7 +85,7 @@ def place_row(metrics, row, name, result, late):
     else:
         metrics[row] = {name: scores, "wall_clock_sec": wall}
         if row == "token_budget":
-            k = None if metrics["fingerprint"]["ratio"] and not late else metrics["latent_len"]
+            k = None if metrics["fingerprint"]["ratio"] and not late else metrics["fingerprint"]["latents"]
             metrics[row].update(mode="content_only", k=k)
 
 
@@ -102,6 +104,8 @@ def read_earlier(folder, fingerprint):
     other = [key for key in fingerprint if theirs.get(key) != fingerprint[key]]
     if metrics and other:
         log(f"notice: {folder / 'metrics.json'} is of another {', '.join(other)}; it is replaced")
+    elif metrics and len(records) != metrics["samples"]:
+        log(f"notice: {folder / 'predictions.jsonl'} is not whole; the rows of before are replaced")
     return ({}, []) if other or len(records) != metrics["samples"] else (metrics, records)
 
 
@@ -149,12 +153,12 @@ def compare(metrics, records):
 def kept_words(wire, item, M, ratio):
     """[[a token of the item's text, which share of its latents it is], ...]: what the wire keeps of it."""
     latents, *_ = read_latents(ROWS["latent"], wire, [item], [item], M, ratio, "fp32")
-    ids, found, text, share = wire.layout.source(item), [], "", 0.0
-    for n, part in enumerate(latents.of_tokens(len(ids), len(wire.layout.before)).tolist(), 1):
-        longer, share = wire.prompt.tokenizer.decode(ids[:n]), share + part
-        if n == len(ids) or not longer.endswith("\ufffd"):  # a character may take several tokens
-            found.append([longer[len(text):], round(share, 4)])
-            text, share = longer, 0.0
+    pieces, found, share = wire.prompt.pieces(wire.layout.source(item)), [], 0.0
+    for piece, part in zip(pieces, latents.of_tokens(len(pieces), len(wire.layout.before)).tolist()):
+        share += part
+        if piece:
+            found.append([piece, round(share, 4)])
+            share = 0.0
     return found
 
 
@@ -162,8 +166,8 @@ def describe_latents(metrics, name, result, items, wire):
     """Compression (by the latents that a question sees) and payload (of all that are stored), in the preserved run's
     fields. Bytes count the keys and values of the text before the latents too, where the wire sends them."""
     n, before = metrics["samples"], len(wire.layout.before) if wire.config.wire == "kv" else 0
-    if metrics["fingerprint"]["ratio"]:
-        metrics["latent_len"] = round(result["latents"], 1)  # on average
+    M, ratio = (metrics["fingerprint"][key] for key in ("latents", "ratio"))
+    metrics["latent_len"] = round(result["latents"], 1) if ratio else M  # on average
     metrics["compression"] = {name: result["source_tokens"] / max(result["latents"], 1e-9)}
     places = round(result["stored"] * n) + n * before
     bytes_of = {kind: stored_bytes(wire.lm, wire.config, places, kind) for kind in FORMATS}
@@ -236,9 +240,6 @@ def begin_metrics(metrics, args, fingerprint, prompt, items, saved):
                                "calibration_mode": "embed_rms", "embedding_replay": True,
                                "embedding_baseline_modes": ["raw", "anchor", "adapter"]}},
     })
-    if "latent" not in metrics:
-        M = fingerprint["latents"]
-        metrics["latent_len"], metrics["compression"] = M, {name: metrics["avg_prompt_tokens"][name] / M}
     if saved:
         metrics |= {"own_row": own_row(saved.config), "ckpt_sha256": saved.checksum}
 
@@ -278,20 +279,22 @@ def say(args, title, metrics, items, comparison, out):
 
 
 def main():
-    check_counts(args, "samples", "batch", "max_new_tokens", "latents", "ratio")
+    check_counts(args, "samples", "batch", "max_new_tokens", "max_prompt_tokens", "latents", "ratio")
+    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("several processes share one LM with --shard; without it give python eval.py")
+    if args.shard and args.ckpt is None:
+        raise UserError("--shard needs --ckpt: it is for trained wires")
     saved = read_checkpoint(args.ckpt) if args.ckpt is not None else None
     config = saved.config if saved else untrained(args.lm or "smollm2-135m", args.prompt or "plain",
                                                   args.max_prompt_tokens or 1024)
     rows = choose_rows(args.mode, config, bool(saved))
     # A run is RUN/ckpt/best; a checkpoint elsewhere, such as a preserved one, is not written beside.
-    run = Path(args.ckpt).resolve().parent if args.ckpt else None
+    run = Path(os.path.abspath(args.ckpt)).parent if args.ckpt else None  # not resolved: ckpt may be a link
     out = Path(args.out or (run.parent if run and run.name == "ckpt" else "runs/eval"))
     lock = claim(out / "eval") if first_process() else None  # held to the end: of two, one would lose its rows
     device, dtype, why = pick_device(args.device, args.dtype)
     if args.shard:
-        device = join(device, 15)
-        if not saved:
-            raise UserError("--shard needs --ckpt: it is for trained wires")
+        device = join_processes(device, 15)
     wired = saved is not None or any(ROWS[split_row(row)[0]].latents for row in rows)
     lm, tokenizer = load_lm(args.lm or config.lm, "auto" if args.shard else dtype, "cpu" if args.shard else args.device,
                             wired and config.wire != "tokens")
@@ -309,10 +312,11 @@ def main():
     items = prompt.items(load_data(args.data, args.split, args.samples, args.seed))
     prompt.report_cuts(args.data)
     if "all" in named(args.mode) and len({item.example.context for item in items}) == 1:
-        rows = [row for row in rows if ROWS[row].latents != "other"]
+        rows = [row for row in rows if ROWS[split_row(row)[0]].latents != "other"]
         log("notice: latent_shuffled is left out: all questions are on one context")
     name = Path(lm.name).name
-    log(f"{name} on {device} in {dtype} ({why}), attention sdpa; {len(items)} questions; rows: {', '.join(rows)}")
+    log(f"{name} on {device} in {dtype} ({why}), attention {lm.config._attn_implementation}; {len(items)} questions; "
+        f"rows: {', '.join(rows)}")
 
     fingerprint = {"lm": name, "lm_sha256": lm_identity(lm)["weights_sha256"],
                    "ckpt": saved.checksum if saved else None, "split": args.split, "data": checksum(items),

@@ -11,6 +11,7 @@ Written by `ask.py --export DIR`. Shapes: N cached places (the text before, then
 """
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,6 +36,11 @@ def export(folder, wire, latents=None):
         raise UserError("--export: in this document one head holds more places than another, which the caches of other "
                         "programs do not know; give its text with --context")
     try:
+        for old in ("reader", "prefix", "cache.safetensors", "prompt_embeds.safetensors"):  # of another wire or text
+            if (folder / old).is_dir():
+                shutil.rmtree(folder / old)
+            else:
+                (folder / old).unlink(missing_ok=True)
         if wire.config.lora_rank:
             write_reader(folder / "reader", wire, name)
         if latents is None:

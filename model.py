@@ -41,8 +41,8 @@ import torch.nn.functional as F
 
 from common import UserError
 from data import LATENT, PAD, Tensors, lay_source, pack, pad
-from lm import (Tape, add_lora, behind, check_length, embed, head, importance, lm_identity, masks, turn,
-                turning_layers, use_lora, window)
+from lm import (Tape, add_lora, behind, check_attention, check_length, embed, head, importance, lm_identity, masks,
+                turn, turning_layers, use_lora, window)
 from losses import wire_loss
 
 
@@ -83,6 +83,14 @@ def budgets(config):
     if found[0] < 1:
         raise UserError(f"--latents {config.latents} must be whole numbers of at least 1, such as 32 or 8,16,32,64")
     return found
+
+
+def how_many(config, M=None, ratio=None):
+    """(M, tokens per latent or None) that texts are stored and answered at: what is asked for, else what a wire was
+    trained for, of several M the most. In scope asked the ratio says how a text is stored, M what a question sees."""
+    if config.scope == "asked":
+        return M or max(budgets(config)), ratio or config.ratio or 1.0
+    return M or max(budgets(config)), ratio or (None if M else config.ratio) or None
 
 
 KNOWN = {"scope": ("context", "asked", "prompt"), "wire": ("kv", "embeds", "tokens"), "prompt": ("plain", "chat"),
@@ -145,7 +153,8 @@ def nearness(lm, question, context, rarity):
     text = (context != PAD)[:, None]                                              # (B or 1, 1, T)
     mean = lambda y: F.avg_pool1d(y, 33, 1, 16)                                   # of places, there or not
     with torch.autocast(context.device.type, enabled=False):  # bf16 has many equals
-        parts = [unit(question) @ unit(part).mT for part in context.split(AT_ONCE, 1)]
+        asked = unit(question)
+        parts = [asked @ unit(part).mT for part in context.split(AT_ONCE, 1)]
         alike = torch.cat(parts, 2).clamp(min=0) ** 2 * text                      # (B, Q, T)
         near = mean(F.max_pool1d(alike, 33, 1, 16) * text) / mean(text.float()).clamp(min=1 / 33)  # of those that are
         weight = rarity[question.clamp(min=0)] * (question != PAD) / (alike ** 4).sum(2).clamp(min=1)
@@ -192,7 +201,7 @@ def ridge(square, cross):
 class Latents(Tensors):
     """What the reader gets of B documents. Wire kv: keys and values, a tensor (B, heads, N, d_head) a layer. Wire
     embeds: prefix (B, M, d), and the text before it is text."""
-    length: object   # (B,) the position of the first token behind them: of how many places a head has on average
+    length: object   # (B,) the position of the first token behind them
     held: list       # (B, heads, N) bool a layer, which places there are; or (B, 1, N) where all heads hold the same
     kept: list       # (B, heads, N) or (B, 1, N) a layer: which of the document's places each is
     keys: list = None
@@ -214,7 +223,7 @@ class Latents(Tensors):
         return (share / share.sum()).cpu()
 
     def rows(self, number):
-        """The Latents of the documents number (B',), in that order."""
+        """The Latents of the documents number (a tensor (B',) or a slice), in that order."""
         return self.map(lambda x: x[number])
 
     def for_each(self, B):
@@ -262,6 +271,8 @@ class LatentWire(nn.Module):
         # Of the last layer a kv wire sends keys and values: what comes after them there would never get a gradient.
         used = lambda lora, layer, target: (lora == "reader" or config.wire == "embeds" or layer < last
                                             or target in ("k", "v"))
+        if config.wire != "tokens" and not hasattr(lm, "turning"):
+            check_attention(lm)
         if config.wire == "kv":
             if not hasattr(lm, "turning"):
                 turning_layers(lm)
@@ -295,37 +306,31 @@ class LatentWire(nn.Module):
         KVzip, arXiv 2601.17668). Takes no more of the texts than are enough. Needs that are far below those of a
         text's most needed fifth all count alike. A wire has none where vectors are the latents, or where a layer has
         too many traits."""
-        H, square, cross, self.predictor = len(self.layout.before), 0.0, 0.0, None
+        H, sums, self.predictor = len(self.layout.before), {}, None
         if self.config.wire != "kv":
             return
-        reach = window(self.lm)
+        most = min(TOKENS, (window(self.lm) or 2 * TOKENS) // 2)  # so much is seen when it is read again
+        device = "cpu" if self.lm.device.type == "mps" else self.lm.device  # which has no float64
         for text in texts:
-            text = text[:reach // 2] if reach else text  # so that all of it is seen when it is read again
-            source = lay_source(self.layout.before, [text], [1], self.prompt.repeat).to(self.lm.device)
+            source = lay_source(self.layout.before, [text[:most]], [1], self.prompt.repeat).to(self.lm.device)
             *_, text_read = self.read(source)
             need = torch.stack(self.needed(source, text_read))[:, 0, :, H:].clamp(min=1e-9).log()   # (L, heads, T)
             cut = need.flatten().float().quantile(0.8) - BELOW
-            seen = torch.stack(list(traits(self.lm, text_read.keys, text_read.values)))[:, 0, H:]
-            if seen.shape[-1] > MOST:
-                return
-            device = "cpu" if seen.device.type == "mps" else seen.device  # which has no float64
-            x, y = seen.to(device).double(), need.clamp(min=cut).to(device).double()
-            square, cross = square + x.mT @ x, cross + x.mT @ y.mT
-            if square[0, -1, -1] >= min(TOKENS, ENOUGH * x.shape[-1]):
+            for layer, x in enumerate(traits(self.lm, text_read.keys, text_read.values)):  # all at once: gigabytes
+                if x.shape[-1] > MOST:
+                    return
+                x, y = x[0, H:].to(device).double(), need[layer].clamp(min=cut).to(device).double()
+                square, cross = sums.get(layer, (0.0, 0.0))
+                sums[layer] = square + x.mT @ x, cross + x.mT @ y.mT
+            if sums[0][0][-1, -1] >= min(TOKENS, ENOUGH * x.shape[-1]):
                 break
-        weights = [ridge(*layer) for layer in zip(square, cross)]
-        self.predictor = torch.stack(weights).float().to(self.lm.device)
+        self.predictor = torch.stack([ridge(*pair) for pair in sums.values()]).float().to(self.lm.device)
 
     # -- how many
 
     def stored(self, length, M=None, ratio=None):
-        """How many latents a source of `length` tokens is stored in: M, or ceil(length / ratio), never more than
-        there are tokens. Without either, what the wire was trained for, of several the most. In scope asked the ratio
-        alone decides."""
-        if self.layout.late:
-            return budget(length, None, ratio or self.config.ratio or 1.0)
-        ratio = self.config.ratio if M is None and ratio is None else ratio
-        return budget(length, M or max(budgets(self.config)), ratio)
+        """How many latents a source of `length` tokens is stored in (`how_many`), never more than there are tokens."""
+        return budget(length, *how_many(self.config, M, ratio))
 
     # -- batches
 
@@ -338,10 +343,10 @@ class LatentWire(nn.Module):
     def collate(self, rows, count, M=None, kept=None):
         """The Batch of rows of Items, a row's items sharing one source. count(T): latents for a source of T tokens;
         M: how many a question sees; kept: for --wire tokens the context's tokens of each row."""
+        if self.config.wire == "tokens":
+            return self.text_batch(rows, kept)
         asked = [[(self.layout.after(item), item.answer) for item in row] for row in rows]
         before = self.layout.before
-        if self.config.wire == "tokens":
-            return pack([(np.concatenate([before, text]), questions) for text, questions in zip(kept, asked)])
         texts = [self.layout.source(row[0]) for row in rows]
         counts = [count(len(text)) for text in texts]
         source = self.source(texts, counts, [row[0] for row in rows])
@@ -352,17 +357,23 @@ class LatentWire(nn.Module):
             questions = sum(asked, [])
             document = torch.repeat_interleave(torch.tensor([len(row) for row in rows]))
             batch = pack([(before[:0], [one]) for one in questions], source.length[document].tolist())
-            batch.document, batch.sees, batch.least = document, M or max(budgets(self.config)), min(map(len, texts))
+            batch.document, batch.sees, batch.least = document, M, min(map(len, texts))
             batch.asks = pad([text for text, answer in questions], PAD)
         else:
             batch = pack([(before[:0], questions) for questions in asked], source.length.tolist())
         batch.source = source
         return batch
 
-    def text_batch(self, rows):
-        """The Batch of the same questions behind their whole context as text."""
-        return pack([(np.concatenate([self.layout.before, row[0].context]),
-                      [(self.prompt.after(item), item.answer) for item in row]) for row in rows])
+    def text_batch(self, rows, kept=None):
+        """The Batch of rows of Items behind text: their whole context, or kept, some of its tokens for each row."""
+        texts = kept or [row[0].context for row in rows]
+        return pack([(np.concatenate([self.layout.before, text]),
+                      [(self.prompt.after(item), item.answer) for item in row]) for row, text in zip(rows, texts)])
+
+    def reads(self, item, count):
+        """The token ids that the reader gets with an Item: behind a cache, or with `count` places for vectors."""
+        front = [self.layout.before, np.full(count, LATENT)] if self.config.wire == "embeds" else []
+        return np.concatenate([*front, self.layout.after(item)])
 
     # -- passes
 

@@ -17,7 +17,6 @@ import shutil
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 from common import Parser, UserError, check_own, find_row, log, read_json, read_lines, run_main, write_atomic
@@ -35,8 +34,11 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     args = parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
+import numpy as np
+
 from losses import PARTS
-from rows import ROWS, exact_match, f1_score, how_many, interval, own_row, split_row
+from model import how_many
+from rows import ROWS, exact_match, f1_score, interval, own_row, split_row
 from store import FORMAT, READS_OLDER
 
 LOSSES = (*(part for part in PARTS if part != "entropy"), "more", "find", "entropy")  # more, find: of older runs
@@ -92,17 +94,32 @@ def percent(value, ci=None):
     return f"{100 * value:.1f}%" + (f" [{100 * ci[0]:.1f}, {100 * ci[1]:.1f}]" if ci else "")
 
 
-def paired(run, row, first, first_row):
-    """The paired difference of F1 to the first row over the questions that both answered, in points with its 95%
-    interval, and how many those are where that is not all; "-" where there are none."""
-    f1 = lambda run, row: {(record["id"], *record["golds"]): f1_score(record[row], record["golds"])
+def spread(values):
+    """Shares (n,) in percent: their mean and its 95% interval."""
+    return percent(np.mean(values), interval(values))
+
+
+def both_answered(run, row, other, other_row):
+    """F1 in percent of a row and of another one, question by question, of the questions that both answered: (n, 2)."""
+    f1 = lambda run, row: {(record["id"], *record["golds"]): 100 * f1_score(record[row], record["golds"])
                            for record in run.predictions if row in record}
-    mine, theirs = f1(run, row), f1(first, first_row)
-    gap = [100 * (mine[key] - theirs[key]) for key in mine if key in theirs]
-    if (run, row) == (first, first_row) or not gap:
+    mine, theirs = f1(run, row), f1(other, other_row)
+    return np.array([(mine[key], theirs[key]) for key in mine if key in theirs]).reshape(-1, 2)
+
+
+def difference(mine, theirs):
+    """The mean difference of two rows of (n,) scores in points, with its 95% interval."""
+    low, high = interval(mine - theirs)
+    return f"{np.mean(mine - theirs):+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def paired(run, row, first, first_row):
+    """The paired difference of F1 to the first row over the questions whose answers of both are there, and how many
+    those are where that is not all; "-" where there are none."""
+    scores = both_answered(run, row, first, first_row)
+    if (run, row) == (first, first_row) or not len(scores):
         return "-"
-    low, high = interval(gap)
-    return f"{fmean(gap):+.1f} [{low:.1f}, {high:.1f}]" + (f", n = {len(gap)}" if len(gap) < len(mine) else "")
+    return difference(*scores.T) + (f", n = {len(scores)}" if len(scores) < run.metrics["samples"] else "")
 
 
 def score_table(run):
@@ -130,7 +147,7 @@ def cells(run, row, first=None):
         "Seconds": "-" if wall is None else f"{wall:.1f}",
         "Run": short(run.name) if about.lora else "-", "Row": row,
         "Reads": about.heading + (f" ({at})" if at else ""),
-        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora else "-",
+        "Questions trained on": f"{best.get('samples_seen', 0):,}{after}" if about.lora and best else "-",
         "n": f"{run.metrics['samples']:,}", "F1": percent(s["f1"], s.get("f1_ci95")),
         "F1 - first row": paired(run, row, *first) if first else "-", "EM": percent(s["em"], s.get("em_ci95")),
         "NLL/token": number("nll_token", "{:.2f}"), "First token": number("first_token_top1", "{:.1%}"),
@@ -143,14 +160,6 @@ def comparison(runs):
     pairs += [(run, row) for run in runs for row in run.rows if row != run.own]
     found = [cells(run, row, pairs[0]) for run, row in pairs]
     return COLUMNS, list(dict.fromkeys(tuple(row[column] for column in COLUMNS) for row in found))
-
-
-def first_words(run):
-    """(share of the most frequent first word in the answers, the word, distinct first words, answers), or None."""
-    words = Counter((record[run.own].split() or [""])[0] for record in run.predictions if run.own in record)
-    words = words or Counter(run.last("prediction_histogram"))
-    word, count = max(words.items(), key=lambda pair: pair[1], default=(None, 0))
-    return (count / words.total(), word, len(words), words.total()) if words else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,6 +182,8 @@ def eval_command(run, rows, ckpt):
                if given.get(name) not in (value, None) or fixed and name == "latents"]
     if config.wire == "kv" and not given.get("predicted"):
         changed.append(" --read_again")
+    if (given.get("device"), given.get("dtype")) == ("cpu", "torch.bfloat16"):
+        changed.append(" --dtype bfloat16")
     return (f"python eval.py --mode {','.join(rows)} --ckpt {ckpt} --data {Path(m['dataset']).name} "
             f"--samples {m['samples']}" + "".join(changed))
 
@@ -187,7 +198,7 @@ def configuration(run):
         idle = {"lm", "prompt", "max_prompt_tokens", "encoder_rank" if c.get("wire") == "tokens" else "keep"}
         out += [f"- **Dataset**: {Path(c['data']).name}, {c['samples']:,} samples at most",
                 f"- **Wire**: {listed(key for key in wire if key not in idle)}",
-                f"- **Training**: {listed(('batch', 'lr'))}, loss weights {listed(LOSSES)}"]
+                f"- **Training**: {listed(('batch', 'lr', 'dtype', 'start'))}, loss weights {listed(LOSSES)}"]
     if run.end:
         seen = run.end.get("samples_seen")
         out.append(f"- **Length**: {run.end['global_step']:,} steps" + (f", {seen:,} questions seen" if seen else ""))
@@ -197,7 +208,8 @@ def configuration(run):
     if run.format and m:
         ckpt = f"{run.folder.resolve().parent.name}/{run.name}/ckpt"
         older = f", after `git checkout {READS_OLDER.get(run.format)}`: this version does not read format {run.format}"
-        out.append(f"- **Again**: `{eval_command(run, [run.own], ckpt)}`" + (older if run.format < FORMAT else ""))
+        rows = [run.own] if run.own in run.rows else run.rows  # the same at several M
+        out.append(f"- **Again**: `{eval_command(run, rows, ckpt)}`" + (older if run.format < FORMAT else ""))
     return out
 
 
@@ -205,7 +217,7 @@ def own_lines(run):
     """What the evaluation says of the row that the wire is trained for."""
     if run.own not in run.rows:
         return []
-    m, (s, wall), found = run.metrics, run.rows[run.own], first_words(run)
+    m, (s, wall) = run.metrics, run.rows[run.own]
     out = [f"- **First-token accuracy**: {percent(s['first_token_top1'])}, top-5 {percent(s['first_token_top5'])}"]
     if "carried" in m:
         low, high = m["carried_ci95"]
@@ -222,8 +234,11 @@ def own_lines(run):
         out.append(f"- **Bytes a context**, as text and as latents: {sizes}")
     if run.own == "latent" and (text := run.rows.get("text", (None, None))[1]):
         out.append(f"- **Time**, text / latents: {text / wall:.1f}x with the encoder")
-    if found:
-        out.append(f"- **First words**: {found[2]} in {found[3]} answers; {found[0]:.0%} of them begin {found[1]!r}")
+    words = Counter((record[run.own].split() or [""])[0] for record in run.predictions if run.own in record)
+    words = words or Counter(run.last("prediction_histogram"))
+    for word, count in words.most_common(1):
+        out.append(f"- **First words**: {len(words)} in {words.total()} answers; {count / words.total():.0%} of them "
+                   f"begin {word!r}")
     return out
 
 
@@ -415,9 +430,10 @@ def headline(run):
     m, (s, _) = run.metrics, run.rows[run.own]
     found = [(percent(s["f1"]), f"F1 of {m['samples']} answers" + (
         f", {100 * s['f1_ci95'][0]:.1f} to {100 * s['f1_ci95'][1]:.1f}" if "f1_ci95" in s else ""))]
-    whole = next((run.rows[row] for row in ("text_lora", "text") if row in run.rows and row != run.own), None)
+    row = next((row for row in ("text_lora", "anchor", "text") if row in run.rows and row != run.own), None)
+    whole = run.rows.get(row)
     if whole and whole[0]["f1"]:
-        found.append((f"{s['f1'] / whole[0]['f1']:.0%}", f"of the whole text's {percent(whole[0]['f1'])}"))
+        found.append((f"{s['f1'] / whole[0]['f1']:.0%}", f"of {ROWS[row].heading}: {percent(whole[0]['f1'])}"))
     if run.own != "latent" or run.config.get("scope", "context") != "context":
         return found  # a question's choice takes time, and what it chooses from is no smaller than what is stored
     found.append((f"{m['compression'][run.lm]:.1f}x", f"smaller: {m['latent_len']} latents for a text"))

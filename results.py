@@ -6,7 +6,8 @@ Write the tables of README.md and RESULTS.md from the files of preserved runs, s
 Where a text says <!-- runs: latent@NAME truncated_lora@OTHER --> ... <!-- end -->, what stands between the two becomes
 the commands of those runs of preserved_data and a table of those rows; `table:` in place of `runs:` leaves out the
 commands and some columns, `sizes:` has a line for each run and a column for each M, `bars:` draws their F1, `kinds:`
-tells it by kind of answer. Differences are to the first row, question by question.
+tells it by kind of answer; `pairs:` subtracts the second from the first, the fourth from the third, and so on.
+Differences are of the same questions; in a column of a table, to its first row.
 """
 import re
 from dataclasses import asdict
@@ -22,9 +23,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the heavy imports, so that --help and typing errors answer at once
 
-import numpy as np
-
-from report import COLUMNS, Run, cells, eval_command, markdown_table, percent, short
+from report import COLUMNS, Run, both_answered, cells, difference, eval_command, markdown_table, short, spread
 from rows import ROWS, f1_score, interval, split_row
 from train import PRESETS, Config
 
@@ -32,6 +31,7 @@ RUNS = Path(__file__).parent / "preserved_data"
 # Flags that were null and are gone, as a run that did not use them has them.
 GONE = {"ramp": 0.0, "continuations": 0, "more": 0.3}
 SIZES = (4, 8, 16, 32, 64, 128)
+KINDS = ("runs", "table", "sizes", "bars", "kinds", "pairs")
 SHORT = ["Run", "Reads", "Questions trained on", "n", "F1", "EM", "NLL/token", "Tokens read"]
 
 
@@ -73,9 +73,23 @@ def by_kind(pairs):
         for record in Run(RUNS / name).predictions:
             if row in record:
                 f1[kind_of(record["golds"][0])].append(f1_score(record[row], record["golds"]))
-        cell = lambda f1: f"{percent(np.mean(f1), interval(f1))}, n = {len(f1)}" if f1 else "-"
+        cell = lambda f1: f"{spread(f1)}, n = {len(f1)}" if f1 else "-"
         rows.append([short(name), row, *(cell(f1[kind]) for kind in kinds)])
     return markdown_table(["Run", "Row", *kinds], rows)
+
+
+def by_pair(pairs, runs):
+    """The lines of a table: (row, run) of every two less the other, in F1 of the questions that both answered."""
+    rows, at = [], lambda row, name: "`" + short(name) + "`" + (f" at {M}" if (M := row.partition("@")[2]) else "")
+    for (row, name), (other_row, other) in zip(pairs[::2], pairs[1::2], strict=True):
+        mine, theirs = both_answered(runs[name], row, runs[other], other_row).T
+        if not len(mine):
+            raise UserError(f"pairs: {row}@{name} and {other_row}@{other} have no question in common")
+        low, high = interval(mine, theirs)
+        rows.append([f"{at(row, name)} - {at(other_row, other)}", f"{len(mine):,}",
+                     f"{mine.mean():.1f} - {theirs.mean():.1f}", difference(mine, theirs),
+                     f"{mine.mean() / theirs.mean():.2f} [{low:.2f}, {high:.2f}]"])
+    return markdown_table(["Two runs", "n", "F1", "Difference", "Share"], rows)
 
 
 def by_size(found):
@@ -98,6 +112,8 @@ def block(kind, names, printed=()):
     runs = {name: Run(RUNS / name) for _, name in pairs}
     if kind == "bars":
         return "\n".join(["```", *(bar(runs[name], row) for row, name in pairs), "```"])
+    if kind == "pairs":
+        return "\n".join(by_pair(pairs, runs))
     if kind == "sizes":
         pairs = [(f"{row}@{M}", name) for row, name in pairs for M in SIZES if f"{row}@{M}" in runs[name].rows]
         if not pairs:
@@ -109,17 +125,19 @@ def block(kind, names, printed=()):
         of = lambda name: [row for row, theirs in pairs if theirs == name]
         lines = [[train_command(run.config), eval_command(run, of(name), f"{run.config['out']}/ckpt/best")]
                  for name, run in runs.items()]
-        commands = ["```", *(line for line in dict.fromkeys(sum(lines, [])) if line not in printed), "```", ""]
+        commands = [line for line in dict.fromkeys(sum(lines, [])) if line not in printed]
+        commands = commands and ["", "<details><summary>Commands</summary>", "", "```", *commands, "```", "",
+                                 "</details>"]
     if kind == "sizes":
-        return "\n".join([*commands, *by_size(found)])
+        return "\n".join([*by_size(found), *commands])
     if kind == "table":  # is read in two minutes
         found = [row | {"EM": row["EM"].split(" ")[0]} for row in found]
-    return "\n".join([*commands, *markdown_table(columns, [[row[c] for c in columns] for row in found])])
+    return "\n".join([*markdown_table(columns, [[row[c] for c in columns] for row in found]), *commands])
 
 
 def renewed(text):
     """The text with every marked table written anew."""
-    kind, printed = "runs|table|sizes|bars|kinds", set()
+    kind, printed = "|".join(KINDS), set()
 
     def anew(m):
         made = block(m[2], m[3].split(), printed)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from common import UserError
-from data import LATENT, PAD, pad
+from data import PAD, pad
 from lm import embed, generate, head, use_lora
-from model import Latents, budget, budgets, nearness, places
+from model import Latents, budget, how_many, nearness, places
 from store import FORMATS, through
 
 
@@ -88,15 +88,6 @@ def own_row(config):
     if config.wire != "tokens":
         return "latent"
     return "text_lora" if config.keep == "all" else f"{config.keep}_lora"
-
-
-def how_many(config, latents=None, ratio=None):
-    """(M, tokens per latent or None) that a wire's rows are answered at: what is asked for, else what it was trained
-    for."""
-    M = latents or max(budgets(config))
-    if config.scope == "asked":
-        return M, ratio or config.ratio or 1.0
-    return M, ratio or (None if latents else config.ratio) or None
 
 
 def rows_of(config):
@@ -237,17 +228,14 @@ def read_latents(row, wire, items, others, M, ratio, form):
         latents = latents.rows(torch.tensor([alone.index(first[text.tobytes()]) for text in texts], device=device))
         if layout.late:
             latents = wire.choose(latents, pad([layout.after(item) for item in items], PAD).to(device), M).packed()
-    done = {"source_tokens": sum(map(len, texts)), "stored": sum(counts)}
-    if wire.config.wire == "embeds":
-        rows = [np.concatenate([layout.before, np.full(n, LATENT), layout.after(item)])
-                for n, item in zip(counts, items)]
-        return latents, rows, done | {"latents": sum(counts)}
     seen = sum(counts)
     if layout.late:  # by a head on average, the text before aside
         of_heads = torch.cat([layer.sum((0, 2)) for layer in latents.held])
         seen = of_heads.sum().item() / len(of_heads) - len(layout.before) * len(items)
-    done |= {"tokens_read": seen + len(layout.before) * len(items), "latents": seen}
-    return latents, [layout.after(item) for item in items], done
+    done = {"source_tokens": sum(map(len, texts)), "stored": sum(counts), "latents": seen}
+    if wire.config.wire == "kv":  # vectors are in the rows
+        done["tokens_read"] = seen + len(layout.before) * len(items)
+    return latents, [wire.reads(item, n) for item, n in zip(items, counts)], done
 
 
 def read_text(row, wire, lm, prompt, items, M, ratio, rare):
@@ -280,9 +268,9 @@ def words_of(prompt, lm):
 def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=None, max_new_tokens=24, batch=25,
                  bar=None):
     """Answer every item through one row, at M latents or tokens, or at ceil(T / ratio) (default: what the wire was
-    trained for). Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means nll_token,
-    first_token_top1, first_token_top5, tokens_read, latents (that a question sees), stored (of its document), and
-    seconds encode, prefill, decode."""
+    trained for; without one 32). Returns a dict with, per item in order, `answers`, `ids`, `f1`, `em`, and the means
+    nll_token, first_token_top1, first_token_top5, tokens_read, latents (that a question sees), stored (of its
+    document), and seconds encode, prefill, decode."""
     name, own, form = split_row(name)
     row = ROWS[name]
     if own:  # of a document that is stored at a ratio, that many are seen
@@ -319,7 +307,7 @@ def evaluate_row(name, lm, tokenizer, prompt, items, wire=None, M=None, ratio=No
         "answers": answers, "ids": ids,
         "f1": [f1_score(a, item.example.answers) for a, item in zip(answers, items)],
         "em": [exact_match(a, item.example.answers) for a, item in zip(answers, items)],
-        "nll_token": total["nll"] / total["tokens"], "tokens": total["tokens"],
+        "nll_token": total["nll"] / total["tokens"],
         "first_token_top1": float((hits < 1).mean()), "first_token_top5": float((hits < 5).mean()),
         **{key: total[key] / n for key in ("tokens_read", "source_tokens", "latents", "stored")},
         **{key: total[key] for key in ("encode_s", "prefill_s", "decode_s")},

@@ -139,7 +139,7 @@ results)
 gpu)
   shift
   # A GPU machine may have PyTorch and no package index: what is there is used.
-  if python3 -c 'import torch, transformers, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=python3; else setup; fi
+  if python3 -c 'import sys, tqdm, lm; sys.exit(sys.version_info < (3, 11) or not lm.torch.cuda.is_available())' 2>/dev/null; then python=python3; else setup; fi
   exec "$python" gpu.py "$@"
   ;;
 "" | -*)

@@ -390,14 +390,18 @@ def load_wire(saved, lm, prompt):
     """LatentWire of a Checkpoint around lm. Raises UserError for weights that belong to another LM."""
     check_lm(saved, lm)
     wire = LatentWire(lm, saved.config, prompt)
-    load_trained(wire, saved.folder)
+    load_trained(wire, saved)
     return wire
 
 
-def load_trained(wire, folder):
-    """Copy a checkpoint's weights into the wire. Raises UserError when names or shapes differ."""
+def load_trained(wire, saved):
+    """Copy a Checkpoint's weights into the wire. Raises UserError when names or shapes differ, or when they are no
+    longer those that it was read with: a training may replace its best ones meanwhile."""
+    folder = saved.folder
     try:
-        weights = load_file(Path(folder) / "model.safetensors")
+        if _sha256(folder / "model.safetensors") != saved.checksum:
+            raise UserError(f"--ckpt {folder} was written anew meanwhile; give the command again")
+        weights = load_file(folder / "model.safetensors")
     except (SafetensorError, OSError) as error:
         raise UserError(f"--ckpt {folder}: model.safetensors is damaged ({error}); use another checkpoint") from None
     fitted = weights.get("predictor")

@@ -433,6 +433,16 @@ def test_bad_data_is_one_clear_line(tmp_path, name, content, says):
     assert says in str(error.value) and "\n" not in str(error.value) and name in str(error.value)
 
 
+def test_pieces_of_a_text_are_whole_characters():
+    prompt = Prompt(smollm()[1], "plain")
+    ids, = prompt.tokenize([" Москва liegt an der Moskwa. 日本 \U0001f600!" * 9])
+    pieces = prompt.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == prompt.tokenizer.decode(ids)
+    assert "\ufffd" not in "".join(pieces) and pieces.count("") > 30 and max(map(len, pieces)) < 8
+    cut = prompt.pieces(ids[:np.flatnonzero([piece == "" for piece in pieces])[0] + 1])  # its end is told all the same
+    assert cut[-1].endswith("\ufffd")
+
+
 def test_prompt_pieces_are_the_prompt_and_specials_stay_text():
     tokenizer, example = smollm()[1], Example("1", "Anna<|im_end|> lives.", "Who <|im_start|>?", ("Anna",))
     plain, chat = Prompt(tokenizer, "plain"), Prompt(tokenizer, "chat")
@@ -833,7 +843,8 @@ def test_an_lm_that_no_row_can_read_is_refused(kind, changes, says, tmp_path):
     ("GPT2", {}, "no rotary positions"),
     ("DeepseekV3", {}, "compressed keys and values"), ("Gemma3nText", {}, "share their keys and values"),
     ("Llama", dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "length of the text"),
-    ("HunYuanDenseV1", dict(head_dim=16), "otherwise than by RoPE"), ("StableLm", {}, "otherwise than by RoPE")])
+    ("HunYuanDenseV1", dict(head_dim=16), "otherwise than by RoPE"), ("StableLm", {}, "attends otherwise"),
+    ("DiffLlama", {}, "attends otherwise"), ("Nemotron", {}, "attends otherwise")])
 def test_an_lm_whose_cache_no_wire_can_send_is_refused(kind, changes, says):
     with pytest.raises(UserError, match=f"^--lm {kind} [^\n]*{says}[^\n]*$"):
         wire_of(random_lm(kind, changes), smollm()[1])
@@ -1312,7 +1323,7 @@ def test_how_many_latents(tiny):
     assert [wire.stored(*given) for given in ((100,), (100, 4), (3,), (101, None, 8.0))] == [8, 4, 3, 13]
     wire.config.ratio = 8.0  # what it was trained for, unless told otherwise
     assert [wire.stored(100), wire.stored(100, 4)] == [13, 4]
-    wire.layout = wire.prompt.layout("asked")  # where --latents is what a question sees
+    wire.config.scope = "asked"  # where --latents is what a question sees
     assert [wire.stored(100, 4), wire.stored(100, 4, 2.0)] == [13, 50]
     wire.config.ratio = 0.0
     assert wire.stored(100, 4) == 100
@@ -1407,7 +1418,7 @@ def test_checkpoint_round_trip_and_refusals(tiny, tmp_path, monkeypatch, changes
     with pytest.raises(UserError, match="was trained for"):
         load_wire(saved, lm, prompt)
     with pytest.raises(UserError, match="its config differs"):
-        load_trained(chunky_wire(tiny, **changes, lora_rank=8)[0], saved.folder)
+        load_trained(chunky_wire(tiny, **changes, lora_rank=8)[0], saved)
     for number, says in ((99, "format 6 is older .*; train it again"),
                          (4, "format 6 is newer than this version's 4; update")):
         monkeypatch.setattr(store, "FORMAT", number)
@@ -1467,7 +1478,7 @@ def test_any_damage_is_noticed(tiny, tmp_path, capsys):
             (folder / victim).write_bytes({"flip": blob, "cut": blob[:rng.randrange(len(blob))], "empty": b"",
                                            "junk": rng.randbytes(rng.randrange(1, 400))}[kind])
         try:
-            load_trained(wire, read_checkpoint(folder).folder)
+            load_trained(wire, read_checkpoint(folder))
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -1491,7 +1502,7 @@ def test_nothing_that_is_loaded_can_hold_code(tiny, tmp_path):
     manifest = {**read_json(tmp_path / "ck" / "manifest.json"), "model.safetensors": hashlib.sha256(bomb).hexdigest()}
     write_atomic(tmp_path / "ck" / "manifest.json", json.dumps(manifest))
     with pytest.raises(UserError, match="damaged"):
-        load_trained(wire, read_checkpoint(tmp_path / "ck").folder)
+        load_trained(wire, read_checkpoint(tmp_path / "ck"))
     assert not (tmp_path / "exploded").exists()
     code = "".join(path.read_text() for path in HERE.glob("*.py") if not path.name.startswith("test_"))
     assert "safetensors" in code and not any(call in code for call in ("torch.load(", "pickle", "trust_remote_code"))
@@ -1924,7 +1935,7 @@ def test_what_trains_what_picks_the_checkpoint_and_what_measures_have_no_article
 def test_a_run_warms_up_cools_down_and_ends_on_time(tiny, monkeypatch):
     assert [train.lr_factor(progress, 0.1) for progress in (0.1, 0.55, 1, 2)] == pytest.approx([1, 0.5, 0, 0])
     assert 0 < train.lr_factor(0, 0.1) < train.lr_factor(0.05, 0.1) < 1
-    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: 100.0))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: 100.0))
     for minutes, wanted in ((0.0, 0.3), (2.0, 0.5), (0.5, 2.0)):  # three of ten steps, a minute after it began
         run = SimpleNamespace(state=train.State(step=3), stopping=[], plan=range(10), world=1,
                               config=Config(minutes=minutes))
@@ -2014,15 +2025,16 @@ def test_interrupted_anywhere_ends_the_same(tiny, trained, tmp_path):
             ("model.wire_loss", 3, TERM, 0, saved.format(6)),      # in the middle of step 7
             ("train.log_steps", 1, "kill -INT $PPID", 130, saved.format(7)),
             ("train.evaluate_row", 1, TERM, 0, saved.format(8)),   # while the dev slice is being answered,
-            ("model.traits", 1, TERM, 0, saved.format(12)),       # before that,
-            ("train.evaluate_row", 2, "kill -USR1 $PPID", 0, saved.format(last)),  # and the last time, too
+            ("model.traits", 1, TERM, 0, saved.format(8)),        # before that: it is answered again,
+            ("train.evaluate_row", 2, "kill -USR1 $PPID", 0, saved.format(12)),
+            ("train.evaluate_row", 3, TERM, 0, saved.format(last)),  # and the last time, too
             ("train.evaluate", 1, KILL, -9, f"at step {last} of"),
             ("train.evaluate", 2, KILL, 0, f"at step {last} of")]:  # there is no second one: to the end
         _, said = launch(*again, hooks=[partial(before, point, call, act)], code=code)
         assert says in said and ("saved" not in says or f"step {state_of(out)['step']}," in says), (point, said)
     assert equal(out, trained) and logged(out)[::2] == logged(trained)[::2] and state_of(out)["finished"]
     files = [out / "logs" / "train_diagnostics.jsonl", out / "eval" / "metrics_history.jsonl"]
-    assert [record["global_step"] for record in read_lines(files[1])] == [4, 16, last]
+    assert [record["global_step"] for record in read_lines(files[1])] == [4, 8, 12, 16, last]
     kept = [path.read_bytes() for path in files]
     about = (out / "config.json").read_bytes()
     launch(*again, "--lr", "1")  # finished: nothing more to do, and nothing is told of it
@@ -2072,8 +2084,9 @@ def test_a_run_begins_with_anothers_weights(tiny, trained, tmp_path):
     launch(*flags, tmp_path / "run", *start)
     assert first("run") < first("new") - 0.2
     steps = logged(tmp_path / "run")[0]
-    launch(*flags, tmp_path / "run", *start, "--resume", "--epochs", "2")
-    assert len(logged(tmp_path / "run")[0]) == 2 * len(steps)
+    launch(*flags, tmp_path / "run", "--resume", "--epochs", "2", "--log_every", "4")
+    assert steps == [1, 2, 3] and logged(tmp_path / "run")[0] == [1, 2, 3, 4, 6]  # the last steps are not lost
+    assert read_json(tmp_path / "run" / "config.json")["start"] == str(start[1])  # nor where it began
     launch(*flags, tmp_path / "same", *start, "--epochs", "0")  # measured alone
     one, other = (read_checkpoint(folder / "ckpt" / "last") for folder in (trained, tmp_path / "same"))
     one, other = (load_file(saved.folder / "model.safetensors") for saved in (one, other))
@@ -2155,7 +2168,7 @@ def test_steps_that_are_not_finite(tiny, tmp_path):
 
 def half_a_minute_each():
     """What has the clock of a run go on by half a minute whenever it is read."""
-    train.time = SimpleNamespace(time=partial(next, itertools.count(0, 30)))
+    train.time = SimpleNamespace(monotonic=partial(next, itertools.count(0, 30)))
 
 
 def test_a_run_of_minutes_ends_with_them_and_its_learning_rate(tiny, tmp_path):
@@ -2309,8 +2322,8 @@ def test_evaluation_of_every_row_and_its_files(tiny, trained, tmp_path):
         assert [key for key in theirs.keys() - flat(metrics).keys() if not key.startswith(allowed)] == []
     one = dict(context=SHORT, question=ASKED, answers=["x"])
     write_atomic(tmp_path / "one.jsonl", json.dumps(one))
-    _, said = launch("eval", "--mode", "all", "--ckpt", best, *ASK, "--data", tmp_path / "one.jsonl", "--out",
-                     tmp_path / "one")
+    _, said = launch("eval", "--mode", "all,latent_shuffled@4", "--ckpt", best, *ASK, "--data", tmp_path / "one.jsonl",
+                     "--out", tmp_path / "one")
     assert "notice: latent_shuffled is left out" in said and "latent" in read("one")[0]
     # Twice, in another order: the same.
     launch("eval", "--mode", ",".join(own), "--ckpt", best, *ASK, "--out", tmp_path / "b")
@@ -2697,15 +2710,16 @@ def test_report_and_preserved_copy(tiny, trained, tmp_path, monkeypatch):
     assert not (alone / "ckpt").exists() and f"## Experiment: {alone.name}" in (kept / "README.md").read_text()
     monkeypatch.setattr(results, "RUNS", kept)
     lines = results.block("runs", [f"latent@{copy.name}", f"latent_shuffled@{alone.name}"]).split("\n")
-    assert "| tiny | latent | 137 | 12 |" in lines[-2].replace(copy.name, "tiny") and "| +0.0 [0.0, 0.0] |" in lines[-1]
+    assert "| tiny | latent | 137 | 12 |" in lines[2].replace(copy.name, "tiny") and "| +0.0 [0.0, 0.0] |" in lines[3]
+    commands = [line for line in lines if line.startswith("python ")]
     marked = f"<!-- runs: latent@{copy.name} -->\n<!-- end -->\n"
     told = results.renewed(marked * 2).split("\n")
-    assert [told.count(line) for line in lines[1:3]] == [1, 1] and sum("| latent | 137" in line for line in told) == 2
+    assert [told.count(line) for line in commands[:2]] == [1, 1] and sum("| latent | 137" in line for line in told) == 2
     for start, says in (("kept/2026-01-01_smollm2_squad_x/ckpt", "137 after x's"), ("y/ckpt/best", "137 after y's")):
         begun = report.Run(copy)
         begun.config["start"] = start
         assert results.cells(begun, "latent", (begun, "latent"))["Questions trained on"] == says
-    again = vars(parse_config(lines[1].split()[2:])) | {"lm": str(tiny)}
+    again = vars(parse_config(commands[0].split()[2:])) | {"lm": str(tiny)}
     differs = {key for key, value in read_json(out / "config.json").items() if again[key] != value}
     assert differs <= {"resume", "out", "device"}
     for kind in ("table", "bars"):
@@ -2734,7 +2748,7 @@ def test_report_reads_older_runs(folder, figures):
 
 
 def test_paired_differences_are_of_the_same_questions():
-    answered = lambda row, answers, gold="yes": SimpleNamespace(predictions=[
+    answered = lambda row, answers, gold="yes": SimpleNamespace(metrics={"samples": len(answers)}, predictions=[
         {"id": key, "golds": [gold], row: answer} for key, answer in answers.items()])
     a, b = answered("latent", dict(p="yes", q="no", r="yes", s="no")), answered("text", dict(q="no", p="no", r="yes"))
     low, high = interval([100, 0, 0])
@@ -2757,6 +2771,23 @@ def test_a_table_by_size_has_a_line_for_each_run():
                          "| b | latent | 9 | 5 | - | 20%, 1 | - | - | - | - |"]
 
 
+def test_pairs_are_of_the_questions_that_both_answered():
+    run = lambda row, answers: SimpleNamespace(predictions=[
+        {"id": key, "golds": ["yes"], row: answer} for key, answer in answers.items()])
+    runs = {"2026-01-01_smollm2_squad_a": run("latent@4", dict(p="yes", q="yes", r="no")),
+            "2026-01-02_smollm2_squad_b": run("text", dict(q="no", p="yes"))}
+    pairs = list(zip(("latent@4", "text"), runs))
+    lines = results.by_pair(pairs * 2, runs)
+    with pytest.raises(ValueError):  # one is left over
+        results.by_pair(pairs * 2 + pairs[:1], runs)
+    runs[pairs[1][1]].predictions[:] = []
+    with pytest.raises(UserError, match="have no question in common"):
+        results.by_pair(pairs, runs)
+    low, high = interval([0, 100])
+    assert lines[2] == lines[3] and lines[2].startswith(
+        f"| `a` at 4 - `b` | 2 | 100.0 - 50.0 | +50.0 [{low:.1f}, {high:.1f}] | 2.00 [")
+
+
 def test_scores_by_kind_of_answer(tmp_path, monkeypatch):
     said = {"5 May": "date", "in May 1999": "date", "1990s": "date", "1,990": "number", "19th century": "date",
             "the May Queen": "name", "a queen": "other words", "iPod": "name"}
@@ -2774,7 +2805,7 @@ def test_scores_by_kind_of_answer(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
 def test_tables_say_what_the_runs_measured(name):
-    text, kind = (HERE / name).read_text(encoding="utf-8"), "runs|table|sizes|bars|kinds"
+    text, kind = (HERE / name).read_text(encoding="utf-8"), "|".join(results.KINDS)
     emptied = re.sub(rf"(<!-- (?:{kind}): [^\n]*? -->\n)(?:(?!<!-- (?:{kind}):).)*?(?=<!-- end -->)", r"\1", text,
                      flags=re.DOTALL)
     assert emptied != text and results.renewed(emptied) == text, f"{name} is stale: bash run_hpc.sh results"
@@ -2833,8 +2864,8 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     long = found["articles"]["result"]
     assert all(long[T]["n"] == 4 and {*map(len, long[T]["f1"].values())} == {4} for T in ("128", "256"))
     assert "text/next" in capsys.readouterr().out
-    with pytest.raises(UserError, match="zap is unknown; there are train"):
-        bench.main(bench.parse_args(["all", "zap"]))
+    with pytest.raises(SystemExit):
+        bench.parse_args(["all", "zap"])
     with pytest.raises(UserError, match="peers needs a trained wire"):
         bench.main(bench.parse_args(["all", "peers"]))
 
@@ -2915,8 +2946,10 @@ def test_the_gpu_run_without_a_gpu(tiny, tmp_path, capsys, monkeypatch):
         patched.setenv("OMP_NUM_THREADS", "1")  # as in a fork
         patched.setattr(gpu, "call", called)
         assert gpu.main(gpu.parse_args([str(tmp_path), *given])) == 0
-    assert last[:4] == ["train", "profile", "answer", "scale"]
-    found = json.loads((tmp_path / "gpu.json").read_text())
+        assert last[:4] == ["train", "profile", "answer", "scale"]
+        found = json.loads((tmp_path / "gpu.json").read_text())
+        assert gpu.main(gpu.parse_args([str(tmp_path), *given, "--parts", "train"])) == 1  # no old speed as a new one
+    assert "holds a finished training" in json.loads((tmp_path / "gpu.json").read_text())["train"]["why"]
     assert list(found) == list(gpu.PARTS) and found["facts"]["device"] == "cpu"
     assert found["checks"]["torchrun - alone"] == 0 == found["checks"]["resumed - alone"]
     assert 0 <= found["checks"]["bf16 - float32"] < gpu.LOGIT_BOUND

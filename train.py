@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from common import (Parser, UserError, append_line, check_counts, claim, first_process, log, read_json, read_lines,
                     run_main, write_atomic)
 from data import Prompt, by_article, checksum, epoch_plan, group_by_context, grouped, join_paragraphs, load_data
-from lm import LoRALinear, autocast, checkpoint_layers, join, load_lm, pick_device, shard
+from lm import LoRALinear, autocast, checkpoint_layers, join_processes, load_lm, pick_device, shard
 from losses import PARTS
 from model import LatentWire, WireConfig, budgets, check_config, option, rarity
 from rows import evaluate_row, kept_tokens, own_row, summary
@@ -156,7 +156,8 @@ def lr_factor(progress, warmup):
 
 
 def unseen(config):
-    """--data for eval.py: what neither trained the wire nor picked its checkpoint."""
+    """--data for eval.py: what neither trained the wire nor, but where one article alone is held out, picked its
+    checkpoint."""
     if (config.eval_data or config.data) == "synthetic":
         return "synthetic"
     whole = config.data == "squad" and not config.eval_data and not config.join
@@ -296,7 +297,7 @@ def main():
         if rank == 0:
             stack.enter_context(claim(Path(config.out)))
         try:
-            device = join(device, config.timeout)
+            device = join_processes(device, config.timeout)
             if world > 1:
                 stack.callback(dist.destroy_process_group)
             return train(set_up(config, rank, world, device, dtype, why, stack))
@@ -355,6 +356,7 @@ class State:
     skipped: int = 0
     skipped_in_a_row: int = 0
     best_f1: float = -1.0
+    answered: int = -1        # the step at which the dev slice was answered last
     finished: bool = False
 
 
@@ -420,7 +422,7 @@ def set_up(config, rank, world, device, dtype, why, stack):
     wire = LatentWire(lm, config, prompt)
     if start:
         check_lm(start, lm)
-        load_trained(wire, start.folder)
+        load_trained(wire, start)
     if config.grad_checkpoint:
         checkpoint_layers(lm)
     sizes = step_sizes(wire)  # while every process has whole weights
@@ -478,10 +480,11 @@ def restore(config, wire, optimizer, data):
         if f.name != "lm" and str(mine) != str(theirs):
             raise UserError(f"--{f.name} {mine} does not go with --resume: this run has --{f.name} {theirs}; leave it "
                             "as it was, or give another --out")
+    config.start = config.start or before.get("start", "")  # where it began stays so
     for name, value in asdict(config).items():
         if name in before and before[name] != value and name not in ("resume", "device", "lm"):
             log(f"notice: --{name} was {before[name]}, goes on as {value}")
-    load_trained(wire, saved.folder)
+    load_trained(wire, saved)
     tensors = load_file(saved.folder / "optimizer.safetensors")
     for name, p in wire.trainable().items():
         optimizer.state[p] = {key: tensors[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")
@@ -492,7 +495,7 @@ def restore(config, wire, optimizer, data):
             f"slice and of {out}/held_out.jsonl")
     kept = any((out / "ckpt" / name).exists() for name in ("best", "best.old"))
     if changed or not kept:
-        state.best_f1 = -1.0  # that of other questions, or of weights that are not here
+        state.best_f1, state.answered = -1.0, -1  # that of other questions, or of weights that are not here
     return replace(state, data=data, finished=state.finished and kept)
 
 
@@ -544,7 +547,7 @@ def train_step(run, window):
     return norm, asked
 
 
-def log_steps(run, window, norm, seconds):
+def log_steps(run, window, norm, seconds, steps):
     """A record of the steps since the last one, to train_diagnostics.jsonl, training.log and the bar."""
     config, state, windows = run.config, run.state, [settle(window, run.wire.prompt.tokenizer)] * run.world
     if run.world > 1:
@@ -559,7 +562,7 @@ def log_steps(run, window, norm, seconds):
     record = {
         "epoch": epoch, "global_step": state.step, "epoch_step": epoch_step + 1, "samples_seen": state.seen,
         "grad_norm": norm, "lr": run.optimizer.param_groups[0]["lr"],
-        "sec_per_step": seconds / min(config.log_every, state.step - run.bar.initial),
+        "sec_per_step": seconds / steps,
         "samples_per_sec": n / seconds, "skipped_steps": state.skipped, "mode": mode, "K": config.K,
         "first_weight": config.first, "prediction_diversity": len(histogram) / n, "dominant_predictions": dominant,
         "models": {run.name: {
@@ -594,7 +597,8 @@ class Stopped(Exception):
 
 def evaluate(run):
     """Dev F1 of the wire's own row, once what is needed can be predicted; keeps the best checkpoint. Every process
-    answers all of the questions, so that none waits for another. Returns whether a signal ended it, in all alike."""
+    answers all of the questions, so that nothing has to be gathered; after each batch they agree whether a signal came.
+    Returns whether one ended it."""
     from tqdm import tqdm
     state, row, groups = run.state, own_row(run.config), list(run.plan.groups)
     random.Random(run.config.seed).shuffle(groups)  # what it is fitted to: the same texts at every call
@@ -611,14 +615,21 @@ def evaluate(run):
         if run.world > 1 and run.wire.predictor is not None:  # a bit may decide what is kept, and how long they work
             dist.broadcast(run.wire.predictor, 0)
         scores = summary(evaluate_row(row, run.wire.lm, run.wire.prompt.tokenizer, run.wire.prompt, run.dev, run.wire,
-                                      bar=SimpleNamespace(update=watch)))
+                                      batch=min(25, run.config.micro_batch), bar=SimpleNamespace(update=watch)))
     except Stopped:
         return True
     finally:
         bar.close()
         run.wire.train()
-    if not first_process():
-        return False
+    if first_process():
+        keep_scores(run, row, scores)
+    state.answered = state.step
+    return False
+
+
+def keep_scores(run, row, scores):
+    """Write down what the dev slice's answers score, and the weights where they are the best so far."""
+    state = run.state
     record = {"kind": "train", "tag": run.out.name, "row": row, "global_step": state.step, "samples_seen": state.seen,
               "n": len(run.dev), **scores, "timestamp": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")}
     history = run.out / "eval" / "metrics_history.jsonl"
@@ -631,7 +642,6 @@ def evaluate(run):
     if scores["f1"] > state.best_f1 and (last.exists() or save(run)) and run.keep(
             save_checkpoint, best, run.wire, None, None, torch.float16):
         state.best_f1 = scores["f1"]
-    return False
 
 
 def save(run):
@@ -643,9 +653,15 @@ def save(run):
 def clock(run, began):
     """(share 0..1 of the run that is over, whether to stop now), the same in all processes: they must agree on the
     time and on a signal that only one of them got. Counts the time into the state."""
-    run.state.elapsed, stopping = most(run, time.time() - began, float(bool(run.stopping)))
+    run.state.elapsed, stopping = most(run, time.monotonic() - began, float(bool(run.stopping)))
     timed = run.state.elapsed / 60 / run.config.minutes if run.config.minutes else 0.0
     return max(run.state.step / len(run.plan) if len(run.plan) else 1.0, timed), stopping > 0
+
+
+def due(run):
+    """Whether the dev slice is to be answered at this step."""
+    every, step = run.config.eval_every, run.state.step
+    return bool(every) and step % every == 0 and 0 < step < len(run.plan)
 
 
 def train(run):
@@ -654,8 +670,9 @@ def train(run):
     for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
         signal.signal(number, lambda received, frame: run.stopping.append(received))
     run.wire.train()
-    began, window, ticked = time.time() - state.elapsed, [], time.time()
+    began, window, ticked = time.monotonic() - state.elapsed, [], time.monotonic()
     progress, stop = clock(run, began)
+    logged = state.step
     if run.rank == 0 and not (state.finished and progress >= 1):  # logs lose what will be written again
         write_atomic(run.out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
         if run.held:
@@ -664,6 +681,15 @@ def train(run):
         for path in (run.out / "logs" / "train_diagnostics.jsonl", run.out / "eval" / "metrics_history.jsonl"):
             keep_steps(path, state.step)
     while progress < 1 and not stop:
+        if due(run) and state.answered != state.step:
+            paused = time.monotonic()
+            if evaluate(run):
+                return finish(run, True)
+            if not state.skipped_in_a_row:
+                save(run)  # with its best F1
+            ticked += time.monotonic() - paused
+            progress, stop = clock(run, began)
+            continue
         run.wire.predictor = None  # it goes with the weights that it was fitted to
         for group in run.optimizer.param_groups:
             group["lr"] = config.lr * group["size"] * lr_factor(progress, config.warmup)
@@ -676,16 +702,13 @@ def train(run):
             run.bar.total = max(state.step, round((state.step - 1) / progress))
         run.bar.update()
         if state.step % config.log_every == 0:
-            log_steps(run, window, norm, time.time() - ticked)
-            window, ticked = [], time.time()
-        due = config.eval_every and state.step % config.eval_every == 0 and state.step < len(run.plan)
-        if due:
-            paused = time.time()
-            evaluate(run)
-            ticked += time.time() - paused
-        if (due or state.step % config.save_every == 0) and not state.skipped_in_a_row:
-            save(run)  # after the evaluation, whose best F1 it holds
+            log_steps(run, window, norm, time.monotonic() - ticked, state.step - logged)
+            window, ticked, logged = [], time.monotonic(), state.step
+        if state.step % config.save_every == 0 and not due(run) and not state.skipped_in_a_row:
+            save(run)
         progress, stop = clock(run, began)
+    if state.step > logged and progress >= 1:  # of a short run all there is
+        log_steps(run, window, norm, time.monotonic() - ticked, state.step - logged)
     return finish(run, stop and progress < 1)
 
 
@@ -694,7 +717,7 @@ def finish(run, stopped):
     state, out = run.state, run.out
     if not stopped and not state.finished:
         save(run)
-        stopped = evaluate(run)
+        stopped = state.answered != state.step and evaluate(run)
     if stopped:
         if not save(run):
             raise UserError(f"stopped by signal at step {state.step} and not saved; the last checkpoint that is whole "
