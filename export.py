@@ -36,10 +36,10 @@ def export(folder, wire, latents=None):
         raise UserError("--export: in this document one head holds more places than another, which the caches of other "
                         "programs do not know; give its text with --context")
     try:
-        for old in ("reader", "prefix", "cache.safetensors", "prompt_embeds.safetensors"):  # of another wire or text
-            if (folder / old).is_dir():
-                shutil.rmtree(folder / old)
-            else:
+        if (folder / "README.md").exists():  # an earlier export, perhaps of another wire or text
+            for old in ("reader", "prefix"):
+                shutil.rmtree(folder / old, ignore_errors=True)
+            for old in ("cache.safetensors", "prompt_embeds.safetensors"):
                 (folder / old).unlink(missing_ok=True)
         if wire.config.lora_rank:
             write_reader(folder / "reader", wire, name)

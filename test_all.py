@@ -1660,7 +1660,10 @@ def test_other_programs_answer_the_same(files, tmp_path, capsys, monkeypatch, ch
 def test_an_exported_reader_is_the_same_in_peft(files, tiny, tmp_path, changes):
     peft = pytest.importorskip("peft")
     ckpt, wire = files(**changes)
+    write_atomic(tmp_path / "out" / "prefix" / "mine", "")
     ask_with(ckpt, "--export", tmp_path / "out")
+    assert (tmp_path / "out" / "prefix" / "mine").exists()  # nothing is known of who wrote it
+    ask_with(ckpt, "--export", tmp_path / "out")            # what an export has left there goes
     ids, plain = torch.arange(3, 30)[None], load_lm(tiny, device="cpu")[0]
     with torch.no_grad(), use_lora(wire.lm, "reader"):
         ours, unchanged = wire.lm(ids).logits, plain(ids).logits
