@@ -137,7 +137,7 @@ def join_processes(device, minutes):
     if device.type == "cuda":
         local, count = (device.index or 0) + int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"there is no GPU {local} for each process its own: give --nproc_per_node="
+            raise UserError(f"there is no GPU {local}, and each process needs one of its own: give --nproc_per_node="
                             f"{max(1, count - (device.index or 0))}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
