@@ -116,16 +116,17 @@ def replies(wire, documents, together, questions, sees=None, max_new_tokens=24):
     for b, question in enumerate(questions):
         reply = {"question": whole(question), "answer": printable(told.answers[b]),
                  "probability": round(told.sure[b], 4)}
-        share = tells and latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before,
-                                                                  [layer[b] for layer in needed])
+        found.append(reply)
+        if not tells:
+            continue
+        share = latents.rows(slice(b, b + 1)).of_tokens(together.width - before, before, [layer[b] for layer in needed])
         if len(documents) > 1:
             parts = share.split([document.latents.width - before for document in documents])
             most_needed = max(range(len(parts)), key=lambda number: parts[number].sum())
             reply["document"] = printable(documents[most_needed].title)
-        elif together.ids is not None:
+        else:
             ids, at = together.ids[0, before:], int(share.argmax())
             reply["near"] = printable(wire.prompt.tokenizer.decode(ids[max(0, at - 5):at + 6])).strip(" \ufffd")
-        found.append(reply)
     return found
 
 

@@ -2869,6 +2869,7 @@ def test_every_part_of_the_bench_measures(tiny, trained, tmp_path, capsys, monke
     assert "text/next" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.parse_args(["all", "zap"])
+    assert "invalid choice: 'zap' (choose from" in (said := capsys.readouterr().err) and "train" in said
     with pytest.raises(UserError, match="peers needs a trained wire"):
         bench.main(bench.parse_args(["all", "peers"]))
 
